@@ -1,0 +1,34 @@
+"Build script; every value comes from settings.ini."
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+cfg = ConfigParser(delimiters=["="])
+cfg.read(here / "settings.ini", encoding="utf-8")
+c = cfg["DEFAULT"]
+
+extras = {
+    key.removesuffix("_requirements").replace("_", "-"): c[key].split()
+    for key in c
+    if key.endswith("_requirements")
+}
+
+setup(
+    name=c["lib_name"],
+    version=c["version"],
+    description=c["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=c["author"],
+    license="Apache-2.0",
+    python_requires=f">={c['min_python']}",
+    packages=find_packages(include=[c["lib_name"], f"{c['lib_name']}.*"]),
+    install_requires=c["requirements"].split(),
+    extras_require=extras,
+    entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
+    package_data={c["lib_name"]: ["py.typed", "data/*.csv"]},
+    zip_safe=False,
+)
