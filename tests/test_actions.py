@@ -101,14 +101,17 @@ def test_ventilation_boundaries():
     assert vent.encode([5, 5.01], 21, 6).tolist() == [0, 9]
 
 
-@given(arrays(np.float32, (5, 3), elements=unit), st.sampled_from(["linear", "log"]), st.floats(0.1, 5), st.floats(9, 5e3))
+forms = st.sampled_from(["linear", "log"])
+
+
+@given(arrays(np.float32, (5, 3), elements=unit), forms, st.floats(0.1, 5), st.floats(9, 5e3))
 def test_continuous_round_trip(a, form, most, most_fluid):
     spec = Continuous(most, most_fluid, form)
     back = spec.encode(*spec.decode(a))
     assert back.dtype == np.float32 and np.allclose(back, a, atol=2e-6)
 
 
-@given(st.floats(21, 100), st.floats(0, 3), st.floats(0, 3000), st.sampled_from(["linear", "log"]))
+@given(st.floats(21, 100), st.floats(0, 3), st.floats(0, 3000), forms)
 def test_continuous_clips_to_the_maximum_and_counts_it(fio2, vaso, fluids, form):
     spec = Continuous(form=form)
     f, v, i = spec.decode(spec.encode(fio2, vaso, fluids))
