@@ -57,8 +57,8 @@ def event_verdicts(keys: pd.DataFrame, scan: Scan) -> pd.DataFrame:
         verdict = _event_rule(variable, note, unit, None if pd.isna(text) else text, spec.unit)
         if verdict is None: continue
         rows.append(dict(item=item, unit=unit, text=None if pd.isna(text) else text, variable=variable, label=f"{scan.items}:{item}",
-                         low=spec.low, high=spec.high, delay_us=int(spec.delay_h * 3.6e9), lab=spec.group == "lab",
-                         **{**dict(scale=1.0, offset=0.0, reason=None), **verdict}))  # fmt: skip
+                         low=spec.low, high=spec.high, delay_us=int(spec.delay_h * 3.6e9),
+                         **{**dict(scale=1.0, offset=0.0, reason=None, lab=spec.group == "lab"), **verdict}))  # fmt: skip
     columns = "item unit text variable label low high delay_us lab scale offset reason rule".split()
     return pd.DataFrame(rows, columns=columns)
 

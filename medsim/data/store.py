@@ -120,7 +120,7 @@ class EventStore:
         if stay_ids is not None: filters.append(("stay_id", "in", [int(i) for i in stay_ids]))
         if any(not f[2] for f in filters): filters = [("stay_id", "<", -(2**62))]  # an empty list selects no row
         read = pq.read_table(self.folder / f"{table}.parquet", filters=filters or None, read_dictionary=["variable", "item"])
-        return read.to_pandas()
+        return read.unify_dictionaries().to_pandas()
 
     def events(self, variables: Iterable[str] | str | None = None, stay_ids: Iterable[int] | None = None) -> pd.DataFrame:
         "Values at moments: `stay_id, time_h, available_h, variable, value, item`, sorted by stay and time; `None` means all."
