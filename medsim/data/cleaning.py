@@ -13,6 +13,7 @@ import duckdb
 import pandas as pd
 
 from .sources import Scan, SourceError
+from .tables import put
 from .units import conversion, fio2_percent_sql
 from .variables import INTERVENTIONS, items, vocabulary
 
@@ -96,7 +97,7 @@ _ARTERIAL = """SELECT r.* REPLACE (coalesce(r.excluded, CASE WHEN NOT s.arterial
 def clean_events(con: duckdb.DuckDBPyConnection, raw: str, scan: Scan) -> None:
     "Convert, judge and place the raw events of a scan; append them with a `reason` (NULL: kept) to the table `checked`."
     keys = con.execute(f"""SELECT DISTINCT CAST(item AS VARCHAR) AS item, coalesce(unit, '') AS unit, text FROM {raw}""").df()
-    con.register("verdicts", event_verdicts(keys, scan).astype(object))
+    put(con, "verdicts", event_verdicts(keys, scan).astype(object))
     if con.execute(f"SELECT count(specimen) FROM {raw}").fetchall()[0][0]: raw = f"({_ARTERIAL.format(raw=raw)})"
     con.execute(f"""INSERT INTO checked
         WITH c AS (SELECT CAST(item AS {scan.item_type}) AS item, unit, text, variable, label, CAST(low AS DOUBLE) AS low,
@@ -173,7 +174,7 @@ def clean_intervals(con: duckdb.DuckDBPyConnection, raw: str, scan: Scan) -> Non
     _refuse_reversed(con, scan)
     keys = con.execute("""SELECT DISTINCT CAST(item AS VARCHAR) AS item, coalesce(rate_unit, '') AS rate_unit,
                           coalesce(amount_unit, '') AS amount_unit FROM spans ORDER BY ALL""").df()
-    con.register("verdicts", interval_verdicts(keys, scan).astype(object))
+    put(con, "verdicts", interval_verdicts(keys, scan).astype(object))
     assigned = assign_stays(con, "spans", Scan(scan.table, "intervals", "", scan.column, scan.items, scan.hospital))
     con.execute(f"""CREATE OR REPLACE TEMP TABLE placed AS
         WITH w AS (SELECT stay_id, time_h, avg(value) AS kg FROM checked WHERE variable = 'weight' AND reason IS NULL GROUP BY ALL),

@@ -15,7 +15,7 @@ import duckdb
 from .antibiotics import is_antibiotic, is_antibiotic_treatment, name_items
 from .comorbidity import elixhauser_history, split_eicu_codes
 from .sources import Scan, Source
-from .tables import Table
+from .tables import Table, put
 from .variables import items
 
 # %% ../../nbs/data/06_eicu.ipynb #291bc217
@@ -164,7 +164,7 @@ def medication_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection
                       drugname="VARCHAR", drugstartoffset="BIGINT", drugstopoffset="BIGINT")  # fmt: skip
     names = con.execute(f"SELECT DISTINCT drugname, routeadmin, drughiclseqno FROM {read}").df()
     said = names.drugname.astype("string").fillna(name_items(names.drughiclseqno, "hicl"))  # a third of the orders have only the code
-    con.register("antibiotic_names", names[is_antibiotic(said, names.routeadmin).to_numpy(bool)])
+    put(con, "antibiotic_names", names[is_antibiotic(said, names.routeadmin).to_numpy(bool)])
     return Scan("medication", "intervals", f"""
         SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, drugstartoffset * {_US} AS t0,
                CASE WHEN drugstopoffset IS NULL OR drugstopoffset = 0 THEN drugstartoffset + 1440 ELSE drugstopoffset END * {_US} AS t1,
@@ -180,7 +180,7 @@ def treatment_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection)
     "Treatments noted by physicians: ventilation, cultures, antibiotics (an interval of a day from the note)."
     read = table.read(patientunitstayid="BIGINT", treatmentoffset="BIGINT", treatmentstring="VARCHAR")
     names = con.execute(f"SELECT DISTINCT treatmentstring FROM {read}").df()
-    con.register("antibiotic_treatments", names[is_antibiotic_treatment(names.treatmentstring).to_numpy(bool)])
+    put(con, "antibiotic_treatments", names[is_antibiotic_treatment(names.treatmentstring).to_numpy(bool)])
     says = "lower(treatmentstring)"
     return Scan("treatment", "intervals", f"""
         SELECT * FROM (SELECT DISTINCT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, treatmentoffset * {_US} AS t0,
@@ -210,7 +210,7 @@ def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
                             WHERE icd9code IS NOT NULL ORDER BY ALL""").df()
     codes = split_eicu_codes(noted.icd9code)
     known = noted.loc[codes.index, ["id", "time_h"]].assign(code=codes.code, version=codes.version)
-    con.register("scores", elixhauser_history(known))
+    put(con, "scores", elixhauser_history(known))
     con.execute("""INSERT INTO checked SELECT x.id, x.time_h, x.time_h, 'elixhauser', x.elixhauser, 'diagnosis:so far', NULL, false
                    FROM scores x JOIN stays s ON x.id = s.stay_id""")
 

@@ -13,6 +13,7 @@ import duckdb
 from .antibiotics import is_antibiotic
 from .comorbidity import elixhauser_score
 from .sources import Scan, Source, meds_shards
+from .tables import put
 from .variables import items
 
 # %% ../../nbs/data/07_meds.ipynb #bfdf6205
@@ -54,7 +55,7 @@ def stays_sql(source: Source) -> str:
 def _stage(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     ids = sorted({i for i in items("mimic")["item"] if i.isdigit()})
     text = _optional(source, con, "text_value", "VARCHAR")
-    con.execute(f"""CREATE OR REPLACE TEMP TABLE meds_rows AS
+    con.execute(f"""CREATE OR REPLACE TABLE meds_rows AS
         SELECT subject_id, epoch_us(time) AS t, split_part(code, '//', 1) AS kind, code, part, try_cast(part AS INTEGER) AS item,
                regexp_replace(regexp_extract(code, '//' || part || '//(.*)$', 1), '^UNK$', '') AS unit, numeric_value AS value, text_value
         FROM (SELECT subject_id, time, code, CAST(numeric_value AS DOUBLE) AS numeric_value, {text} AS text_value,
@@ -89,7 +90,7 @@ def _intervals(table: str, start: str, end: str, rate: str, rate_unit: str) -> S
 
 def _medications(con: duckdb.DuckDBPyConnection) -> Scan:
     names = con.execute("SELECT DISTINCT code, split_part(code, '//', 2) AS drug FROM meds_rows WHERE code LIKE 'MEDICATION//%'").df()
-    con.register("antibiotic_codes", names[is_antibiotic(names.drug).to_numpy(bool)].astype(object))
+    put(con, "antibiotic_codes", names[is_antibiotic(names.drug).to_numpy(bool)])
     return Scan("prescriptions", "intervals", """
         SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, t AS t0, t + 86400000000 AS t1, 'antibiotic' AS item, CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit,
                CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight, CAST(NULL AS VARCHAR) AS excluded
@@ -113,5 +114,5 @@ def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
         SELECT DISTINCT s.stay_id AS id, split_part(d.code, '//', 4) AS code, try_cast(split_part(d.code, '//', 3) AS INTEGER) AS version
         FROM stays s JOIN {_all(source)} d ON d.subject_id = s.subject_id AND d.code LIKE 'DIAGNOSIS//ICD//%' AND epoch_us(d.time) < s.in_us
         ORDER BY ALL""").df()
-    con.register("scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
+    put(con, "scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
     con.execute("INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores")

@@ -15,7 +15,7 @@ import pandas as pd
 from .antibiotics import antibiotic_items, is_antibiotic
 from .comorbidity import elixhauser_score
 from .sources import Scan, Source
-from .tables import Table
+from .tables import Table, put
 from .variables import items
 
 # %% ../../nbs/data/05_mimic.ipynb #07b1aa49
@@ -165,7 +165,7 @@ def prescription_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnecti
     read = table.read({"route": "VARCHAR", "drug_type": "VARCHAR"}, subject_id="BIGINT", drug="VARCHAR", **{start: "TIMESTAMP", end: "TIMESTAMP"})
     names = con.execute(f"SELECT DISTINCT drug, route FROM {read} WHERE drug IS NOT NULL").df()
     names = names[is_antibiotic(names.drug, names.route).to_numpy(bool)]
-    con.register("antibiotic_names", names.fillna({"route": ""}).astype(object))
+    put(con, "antibiotic_names", names.fillna({"route": ""}))
     return Scan("prescriptions", "intervals", f"""
         SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, epoch_us({start}) AS t0, coalesce(epoch_us({end}), epoch_us({start}) + {_DAY_US}) AS t1,
                'antibiotic' AS item, CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit,
@@ -186,7 +186,7 @@ def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
         SELECT DISTINCT s.stay_id AS id, d.{code} AS code, {9 if old else "d.icd_version"} AS version
         FROM stays s JOIN {admitted} a ON a.subject_id = s.subject_id AND a.hadm_id <> s.hadm_id AND epoch_us(a.dischtime) < s.in_us
         JOIN {read} d ON d.hadm_id = a.hadm_id WHERE d.{code} IS NOT NULL ORDER BY ALL""").df()
-    con.register("scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
+    put(con, "scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
     con.execute("""INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores""")
 
 # %% ../../nbs/data/05_mimic.ipynb #6a92bd36

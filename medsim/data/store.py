@@ -21,7 +21,7 @@ from ..core.paths import atomic_folder
 from . import eicu, flat, meds, mimic
 from .cleaning import clean_events, clean_intervals, prepare
 from .sources import SourceError, open_source
-from .tables import run
+from .tables import Job, run
 
 # %% ../../nbs/data/08_store.ipynb #ba5d9ae2
 STORE_VERSION = 1
@@ -195,9 +195,11 @@ def extract(path: str | Path, out: str | Path, *, progress: bool = True, memory_
             if hasattr(reader, "prepare_source"): reader.prepare_source(source, con)
             account = {"stays": _make_stays(con, reader.stays_sql(source))}
             prepare(con)
-            for scan in reader.scans(source, con):
-                run(con, f"CREATE OR REPLACE TABLE raw AS {scan.sql}", table=source.tables.get(scan.table), progress=progress)
-                (clean_events if scan.form == "events" else clean_intervals)(con, "raw", scan)
+            scans = list(reader.scans(source, con))
+            run(con, [Job(f"CREATE TABLE raw_{n} AS {s.sql}", source.tables.get(s.table)) for n, s in enumerate(scans)], progress=progress)
+            for n, scan in enumerate(scans):
+                (clean_events if scan.form == "events" else clean_intervals)(con, f"raw_{n}", scan)
+                con.execute(f"DROP TABLE raw_{n}")
             reader.history(source, con)
             rows = {"stays": write_table(con, "stays", _STAYS, tmp)}
             rows["events"], again = _write_kept(con, "events", "checked", tmp)
