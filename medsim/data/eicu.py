@@ -37,8 +37,8 @@ def stays_sql(source: Source) -> str:
                CASE WHEN lower(unitdischargestatus) = 'expired' THEN unitdischargeoffset
                     WHEN lower(hospitaldischargestatus) = 'expired' THEN hospitaldischargeoffset END * {_US} AS death_us,
                hospitaldischargeoffset * {_US} AS hospital_out_us, lower(hospitaldischargestatus) = 'expired' AS hospital_death, unittype AS unit,
-               unitvisitnumber > 1 AS readmission
-        FROM {read}"""
+               unitvisitnumber > 1 AS readmission, count(*) - 1 AS repeated
+        FROM {read} GROUP BY ALL"""
 
 # %% ../../nbs/data/06_eicu.ipynb #ae62615b
 _NUMBER = r"""TRY_CAST(regexp_extract({}, '^\s*([-+]?[0-9]*\.?[0-9]+)\s*%?\s*$', 1) AS DOUBLE)"""

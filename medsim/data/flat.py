@@ -14,7 +14,7 @@ from pathlib import Path
 import duckdb
 
 from .sources import Scan, Source
-from .tables import SourceError, Table
+from .tables import SourceError, Table, quoted
 from .variables import check_variables
 
 # %% ../../nbs/data/07a_flat.ipynb #f0477bfe
@@ -32,8 +32,8 @@ def _tidy_stays(source: Source) -> str:
         subject_id="BIGINT", stay_id="BIGINT", age="DOUBLE", sex="VARCHAR", intime="VARCHAR", outtime="VARCHAR")  # fmt: skip
     return f"""SELECT stay_id, subject_id, CAST(NULL AS BIGINT) AS hadm_id, subject_id IS NOT NULL AS has_patient, age AS age_years, upper(left(sex, 1)) AS sex,
         {_us("intime")} AS in_us, {_us("outtime")} AS out_us, {_us("death_time")} AS death_us, {_us("hospital_outtime")} AS hospital_out_us,
-        TRY_CAST(hospital_death AS BOOLEAN) AS hospital_death, unit, row_number() OVER (PARTITION BY subject_id ORDER BY {_us("intime")}) > 1 AS readmission
-        FROM {read}"""
+        TRY_CAST(hospital_death AS BOOLEAN) AS hospital_death, unit, row_number() OVER (PARTITION BY subject_id ORDER BY {_us("intime")}) > 1 AS readmission, 0 AS repeated
+        FROM (SELECT DISTINCT * FROM {read})"""
 
 
 def _check_concepts(con: duckdb.DuckDBPyConnection, table: Table) -> None:
@@ -105,7 +105,7 @@ def _outcomes(source: Source) -> str:
         names = file.read_text().splitlines()[0].split(",")
         types = ", ".join(f"'{n}': 'DOUBLE'" for n in names)
         parts.append(f"""SELECT CAST("RecordID" AS BIGINT) AS id, "Length_of_stay" AS days, "Survival" AS survival, "In-hospital_death" AS died
-                         FROM read_csv('{file}', auto_detect=false, header=true, delim=',', columns={{{types}}})""")
+                         FROM read_csv({quoted(file)}, auto_detect=false, header=true, delim=',', columns={{{types}}})""")
     return f"({' UNION ALL '.join(parts)})"
 
 # %% ../../nbs/data/07a_flat.ipynb #8a6288e4
@@ -116,7 +116,7 @@ def _challenge_stays(source: Source) -> str:
         CAST(any_value(CASE WHEN o.survival >= 0 THEN o.survival * 24 * 3.6e9 END) AS BIGINT) AS death_us,
         CAST(any_value(CASE WHEN o.days >= 0 THEN o.days * 24 * 3.6e9 END) AS BIGINT) AS hospital_out_us, any_value(o.died = 1) AS hospital_death,
         CASE {one.format("ICUType")} WHEN 1 THEN 'Coronary Care Unit' WHEN 2 THEN 'Cardiac Surgery Recovery Unit' WHEN 3 THEN 'Medical ICU'
-             WHEN 4 THEN 'Surgical ICU' END AS unit, CAST(NULL AS BOOLEAN) AS readmission
+             WHEN 4 THEN 'Surgical ICU' END AS unit, CAST(NULL AS BOOLEAN) AS readmission, 0 AS repeated
         FROM challenge LEFT JOIN {_outcomes(source)} o ON o.id = record GROUP BY record"""
 
 

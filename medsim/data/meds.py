@@ -13,12 +13,12 @@ import duckdb
 from .antibiotics import is_antibiotic
 from .comorbidity import elixhauser_score
 from .sources import Scan, Source, meds_shards
-from .tables import put
+from .tables import put, quoted
 from .variables import items
 
 # %% ../../nbs/data/07_meds.ipynb #bfdf6205
 def _all(source: Source) -> str:
-    shards = ", ".join("'" + str(p).replace("'", "''") + "'" for p in meds_shards(source.path))
+    shards = ", ".join(quoted(p) for p in meds_shards(source.path))
     return f"read_parquet([{shards}], union_by_name=true)"
 
 
@@ -46,7 +46,7 @@ def stays_sql(source: Source) -> str:
         SELECT i.subject_id * 100 + i.n AS stay_id, i.subject_id, i.subject_id * 100 + h.hadm AS hadm_id, b.v IS NOT NULL AS has_patient,
                date_diff('year', b.v, make_timestamp(i.in_us)) AS age_years, split_part(g.v, '//', 2) AS sex, i.in_us, i.out_us, d.v AS death_us,
                h.leave_us AS hospital_out_us, coalesce(h.how LIKE '%//DIED%' OR h.how LIKE '%//EXPIRED%' OR d.v <= h.leave_us + 86400000000, false) AS hospital_death,
-               i.unit, row_number() OVER (PARTITION BY i.subject_id, h.hadm ORDER BY i.in_us) > 1 AS readmission
+               i.unit, row_number() OVER (PARTITION BY i.subject_id, h.hadm ORDER BY i.in_us) > 1 AS readmission, 0 AS repeated
         FROM icu i LEFT JOIN h USING (subject_id, n) LEFT JOIN {first("code = 'MEDS_BIRTH'", "time")} b ON b.subject_id = i.subject_id
         LEFT JOIN {first("code LIKE 'GENDER//%'", "code")} g ON g.subject_id = i.subject_id
         LEFT JOIN {first("code = 'MEDS_DEATH'", "epoch_us(time)")} d ON d.subject_id = i.subject_id"""
@@ -57,7 +57,7 @@ def _stage(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     text = _optional(source, con, "text_value", "VARCHAR")
     con.execute(f"""CREATE OR REPLACE TABLE meds_rows AS
         SELECT subject_id, epoch_us(time) AS t, split_part(code, '//', 1) AS kind, code, part, try_cast(part AS INTEGER) AS item,
-               regexp_replace(regexp_extract(code, '//' || part || '//(.*)$', 1), '^UNK$', '') AS unit, numeric_value AS value, text_value
+               replace(split_part(code, '//' || part || '//', 2), 'UNK', '') AS unit, numeric_value AS value, text_value
         FROM (SELECT subject_id, time, code, CAST(numeric_value AS DOUBLE) AS numeric_value, {text} AS text_value,
                      regexp_extract(code, '//([0-9]+)(//|$)', 1) AS part FROM {_all(source)} WHERE time IS NOT NULL)
         WHERE part IN ({", ".join(f"'{i}'" for i in ids)}) OR code LIKE 'MEDICATION//%'""")

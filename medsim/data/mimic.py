@@ -28,6 +28,10 @@ def _age_sql(kind: str) -> str:
     return f"CASE WHEN {years} > 120 THEN 90 ELSE {years} END"
 
 
+def _once(read: str) -> str:
+    return f"(SELECT *, count(*) AS copies FROM {read} GROUP BY ALL)"
+
+
 def stays_sql(source: Source) -> str:
     "SQL for one row a stay: ids, age, sex and times in microseconds."
     tables, key = source.tables, "stay_id" if source.kind == "mimic4" else "icustay_id"
@@ -42,8 +46,9 @@ def stays_sql(source: Source) -> str:
                p.gender AS sex, epoch_us(i.intime) AS in_us, epoch_us(i.outtime) AS out_us,
                epoch_us(coalesce(a.deathtime, p.dod + INTERVAL 1 DAY)) AS death_us, epoch_us(a.dischtime) AS hospital_out_us,
                a.hospital_expire_flag = 1 AS hospital_death, i.first_careunit AS unit,
-               row_number() OVER (PARTITION BY i.hadm_id ORDER BY i.intime) > 1 AS readmission
-        FROM {icu} i LEFT JOIN {people} p USING (subject_id) LEFT JOIN {admitted} a USING (hadm_id)"""
+               row_number() OVER (PARTITION BY i.hadm_id ORDER BY i.intime) > 1 AS readmission,
+               greatest(i.copies, p.copies, a.copies) - 1 AS repeated
+        FROM {_once(icu)} i LEFT JOIN {_once(people)} p USING (subject_id) LEFT JOIN {_once(admitted)} a USING (hadm_id)"""
 
 # %% ../../nbs/data/05_mimic.ipynb #b2fca6fd
 _TEXT = {"ventilator mode": (223849, 229314, 720), "text": (223900, 723, 226732, 467)}

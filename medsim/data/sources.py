@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'find_tables', 'Kind', 'meds_shards', 'detect_kind', 'Source
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from .tables import SUFFIXES, SourceError, Table, table_name
@@ -76,7 +77,7 @@ def _is_challenge(path: Path) -> bool:
 
 def _tar_of_records(path: Path) -> bool:
     try:
-        with tarfile.open(path) as tar: return any(Path(m.name).suffix == ".txt" for _, m in zip(range(5), tar))
+        with tarfile.open(path) as tar: return any(Path(m.name).suffix == ".txt" for m in islice(tar, 5))
     except (tarfile.TarError, OSError, EOFError) as e:
         raise SourceError(f"{path.name}: cannot be read as an archive ({type(e).__name__}); copy it again") from None
 
@@ -94,6 +95,8 @@ def detect_kind(path: Path, tables: Mapping[str, Path]) -> str | None:
     if _has(tables, "icustays", "stay_id"): return "mimic4"
     if _has(tables, "patient", "patientunitstayid"): return "eicu"
     if _has(tables, "static", "stay_id") and "events" in tables: return "tidy"
+    if "icustays" in tables:
+        raise SourceError(f"{tables['icustays'].name}: neither stay_id (MIMIC-IV) nor icustay_id (MIMIC-III) among its columns")
     return None
 
 # %% ../../nbs/data/03_sources.ipynb #e37880a8
@@ -145,7 +148,7 @@ def _is_open(path: Path, kind: str) -> bool:
     if not path.is_dir(): return False
     notes = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".txt", ".md") and p.stat().st_size < 200_000]
     words = " ".join(p.read_text(errors="ignore").lower() for p in notes)
-    return "open data commons open database license" in words or "synthetic cohort" in words
+    return "open database license" in words or "synthetic cohort" in words
 
 # %% ../../nbs/data/03_sources.ipynb #edaa2c8d
 @dataclass(frozen=True)

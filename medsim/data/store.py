@@ -21,7 +21,7 @@ from ..core.paths import atomic_folder
 from . import eicu, flat, meds, mimic
 from .cleaning import clean_events, clean_intervals, prepare
 from .sources import SourceError, open_source
-from .tables import Job, run
+from .tables import Job, explaining, quoted, run
 
 # %% ../../nbs/data/08_store.ipynb #ba5d9ae2
 STORE_VERSION = 1
@@ -61,9 +61,9 @@ def write_table(con: duckdb.DuckDBPyConnection, name: str, query: str, folder: P
     path = folder / f"{name}.parquet"
     con.execute(f"""COPY (SELECT {", ".join(columns)} FROM (SELECT *, {same} AND row_number() OVER () > 1 AS again
         FROM (SELECT {", ".join(columns)} FROM ({query}) ORDER BY {", ".join(columns)})) WHERE NOT again)
-        TO '{path}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880)""")
+        TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880)""")
     for what, wrong in _WRONG[name].items():
-        n = con.execute(f"SELECT count(*) FROM '{path}' WHERE {wrong}").fetchall()[0][0]
+        n = con.execute(f"SELECT count(*) FROM {quoted(path)} WHERE {wrong}").fetchall()[0][0]
         if n: raise ValueError(f"{name}: {n} row(s) with {what}; mend the source table or the reader before writing a store")
     return pq.read_metadata(path).num_rows
 
@@ -144,13 +144,14 @@ def _make_stays(con: duckdb.DuckDBPyConnection, sql: str) -> dict[str, int]:
         ("NOT has_patient", "without a patient: the patient table does not list its subject; copy both tables from one release"),
         ("out_us < in_us", "whose times run backwards: it ends before it starts; check the admission and discharge columns"),
         ("stay_id IS NULL OR subject_id IS NULL", "without an id"),
-        ("stay_id IN (SELECT stay_id FROM all_stays GROUP BY 1 HAVING count(*) > 1)", "listed more than once"),
+        ("stay_id IN (SELECT stay_id FROM all_stays GROUP BY 1 HAVING count(*) > 1)", "listed more than once, with different contents; keep one row a stay, a patient and an admission"),
     ):
         if n := con.execute(f"SELECT count(*) FROM all_stays WHERE {wrong}").fetchall()[0][0]: raise SourceError(f"stays: {n} stay(s) {what}")
     con.execute("CREATE TABLE stays AS SELECT * FROM all_stays WHERE out_us > in_us")
     read, no_time, no_length = con.execute("""SELECT count(*), count_if(in_us IS NULL OR out_us IS NULL), count_if(out_us = in_us)
                                               FROM all_stays""").fetchall()[0]
-    return {"read": read, "no admission or discharge time": no_time, "no length": no_length}
+    repeated = con.execute("SELECT coalesce(sum(repeated), 0) FROM all_stays").fetchall()[0][0]
+    return {"read": read, "no admission or discharge time": no_time, "no length": no_length, "repeated": int(repeated)}
 
 
 _STAYS = """SELECT stay_id, subject_id, CAST(hadm_id AS BIGINT) AS hadm_id, CAST(age_years AS DOUBLE) AS age_years, CAST(sex AS VARCHAR) AS sex,
@@ -189,8 +190,8 @@ def extract(path: str | Path, out: str | Path, *, progress: bool = True, memory_
     with atomic_folder(Path(out)) as tmp:
         stage = tmp / "stage"
         stage.mkdir()
-        with duckdb.connect(stage / "work.duckdb") as con:
-            con.execute(f"SET memory_limit = '{memory_gb}GB'; SET temp_directory = '{stage}'; SET enable_progress_bar = false")
+        with duckdb.connect(stage / "work.duckdb") as con, explaining():
+            con.execute(f"SET memory_limit = '{memory_gb}GB'; SET temp_directory = {quoted(stage)}; SET enable_progress_bar = false")
             if threads: con.execute(f"SET threads = {threads}")
             if hasattr(reader, "prepare_source"): reader.prepare_source(source, con)
             account = {"stays": _make_stays(con, reader.stays_sql(source))}
