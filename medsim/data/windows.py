@@ -128,12 +128,13 @@ def window_amount(intervals: pd.DataFrame, windows: pd.DataFrame) -> np.ndarray:
 
 # %% ../../nbs/data/13c_windows.ipynb #72994ccd
 def window_mean_rate(intervals: pd.DataFrame, windows: pd.DataFrame) -> np.ndarray:
-    """Overlap-weighted mean rate over each window, in the unit of `rate`: float (len(windows),). Concurrent intervals add.
+    """Overlap-weighted mean rate over each window: float (len(windows),), in the unit of `rate`.
 
-    ValueError on a window that does not end after it starts.
+    Concurrent intervals add. ValueError on a window that does not end after it starts.
     """
     length = (windows.end_h - windows.start_h).to_numpy(dtype=float)
-    if bad := int((~(length > 0)).sum()): raise ValueError(f"{bad} of {len(length)} windows have no length: end_h <= start_h")
+    bad = int((~(length > 0)).sum())
+    if bad: raise ValueError(f"{bad} of {len(length)} windows have no length: end_h <= start_h")
     return window_amount(intervals, windows) / length
 
 # %% ../../nbs/data/13c_windows.ipynb #c52d2bfa
