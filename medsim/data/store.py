@@ -27,15 +27,28 @@ from .tables import Job, explaining, quoted, run
 STORE_VERSION = 1
 COLUMNS = {
     "stays": dict(
-        stay_id="BIGINT", subject_id="BIGINT", hadm_id="BIGINT", age_years="DOUBLE", sex="VARCHAR",
-        out_h="DOUBLE", death_h="DOUBLE", hospital_out_h="DOUBLE", hospital_death="BOOLEAN",
-        unit="VARCHAR", readmission="BOOLEAN",
+        stay_id="BIGINT",
+        subject_id="BIGINT",
+        hadm_id="BIGINT",
+        age_years="DOUBLE",
+        sex="VARCHAR",
+        out_h="DOUBLE",
+        death_h="DOUBLE",
+        hospital_out_h="DOUBLE",
+        hospital_death="BOOLEAN",
+        unit="VARCHAR",
+        readmission="BOOLEAN",
     ),
     "events": dict(
         stay_id="BIGINT", time_h="DOUBLE", available_h="DOUBLE", variable="VARCHAR", value="DOUBLE", item="VARCHAR"
     ),
     "interventions": dict(
-        stay_id="BIGINT", start_h="DOUBLE", end_h="DOUBLE", variable="VARCHAR", rate="DOUBLE", amount="DOUBLE",
+        stay_id="BIGINT",
+        start_h="DOUBLE",
+        end_h="DOUBLE",
+        variable="VARCHAR",
+        rate="DOUBLE",
+        amount="DOUBLE",
         item="VARCHAR",
     ),
 }
@@ -64,7 +77,10 @@ def write_table(con: duckdb.DuckDBPyConnection, name: str, query: str, folder: P
         TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880)""")
     for what, wrong in _WRONG[name].items():
         n = con.execute(f"SELECT count(*) FROM {quoted(path)} WHERE {wrong}").fetchall()[0][0]
-        if n: raise ValueError(f"{name}: {n} row(s) with {what}; mend the source table or the reader before writing a store")
+        if n:
+            raise ValueError(
+                f"{name}: {n} row(s) with {what}; mend the source table or the reader before writing a store"
+            )
     return pq.read_metadata(path).num_rows
 
 
@@ -88,7 +104,10 @@ class EventStore:
         "Open the store in `folder`. ValueError where it is not one, or one of another version."
         folder = Path(folder)
         absent = [f for f in ("provenance.json", *(f"{t}.parquet" for t in COLUMNS)) if not (folder / f).is_file()]
-        if absent: raise ValueError(f"{folder} is no event store: {', '.join(absent)} missing; make one with extract(path, out)")
+        if absent:
+            raise ValueError(
+                f"{folder} is no event store: {', '.join(absent)} missing; make one with extract(path, out)"
+            )
         provenance = json.loads((folder / "provenance.json").read_text())
         if (v := provenance.get("store_version")) != STORE_VERSION:
             raise ValueError(f"{folder} has store version {v}, this medsim reads {STORE_VERSION}: extract it again")
@@ -98,16 +117,26 @@ class EventStore:
 
     @classmethod
     def write(
-        cls, folder: str | Path, stays: pd.DataFrame, events: pd.DataFrame, interventions: pd.DataFrame, provenance: dict
+        cls,
+        folder: str | Path,
+        stays: pd.DataFrame,
+        events: pd.DataFrame,
+        interventions: pd.DataFrame,
+        provenance: dict,
     ) -> "EventStore":
         "Write frames as a store (whole or not at all); columns of the table above that a frame lacks are stored as missing."
         folder = Path(folder)
         with atomic_folder(folder) as tmp, duckdb.connect() as con:
             rows = {}
             for name, frame in dict(stays=stays, events=events, interventions=interventions).items():
-                lacking = {c: pd.Series([None] * len(frame), index=frame.index) for c in COLUMNS[name] if c not in frame}
-                if name == "events" and "available_h" in lacking: lacking["available_h"] = frame["time_h"]
-                plain = frame.assign(**lacking).astype({c: object for c in frame if isinstance(frame[c].dtype, pd.CategoricalDtype)})
+                lacking = {
+                    c: pd.Series([None] * len(frame), index=frame.index) for c in COLUMNS[name] if c not in frame
+                }
+                if name == "events" and "available_h" in lacking:
+                    lacking["available_h"] = frame["time_h"]
+                plain = frame.assign(**lacking).astype(
+                    {c: object for c in frame if isinstance(frame[c].dtype, pd.CategoricalDtype)}
+                )
                 con.register("frame", plain)
                 rows[name] = write_table(con, name, _typed(name, "frame"), tmp)
                 con.unregister("frame")
@@ -116,17 +145,26 @@ class EventStore:
 
     def _read(self, table: str, variables: Iterable[str] | str | None, stay_ids: Iterable[int] | None) -> pd.DataFrame:
         filters = []
-        if variables is not None: filters.append(("variable", "in", [variables] if isinstance(variables, str) else list(variables)))
-        if stay_ids is not None: filters.append(("stay_id", "in", [int(i) for i in stay_ids]))
-        if any(not f[2] for f in filters): filters = [("stay_id", "<", -(2**62))]  # an empty list selects no row
-        read = pq.read_table(self.folder / f"{table}.parquet", filters=filters or None, read_dictionary=["variable", "item"])
+        if variables is not None:
+            filters.append(("variable", "in", [variables] if isinstance(variables, str) else list(variables)))
+        if stay_ids is not None:
+            filters.append(("stay_id", "in", [int(i) for i in stay_ids]))
+        if any(not f[2] for f in filters):
+            filters = [("stay_id", "<", -(2**62))]  # an empty list selects no row
+        read = pq.read_table(self.folder / f"{table}.parquet", filters=filters or None)
+        for name in ("variable", "item"):  # not read_dictionary: pyarrow 26 then mixes up the row groups of DuckDB 2.0
+            read = read.set_column(read.column_names.index(name), name, read[name].dictionary_encode())
         return read.unify_dictionaries().to_pandas()
 
-    def events(self, variables: Iterable[str] | str | None = None, stay_ids: Iterable[int] | None = None) -> pd.DataFrame:
+    def events(
+        self, variables: Iterable[str] | str | None = None, stay_ids: Iterable[int] | None = None
+    ) -> pd.DataFrame:
         "Values at moments: `stay_id, time_h, available_h, variable, value, item`, sorted by stay and time; `None` means all."
         return self._read("events", variables, stay_ids)
 
-    def interventions(self, variables: Iterable[str] | str | None = None, stay_ids: Iterable[int] | None = None) -> pd.DataFrame:
+    def interventions(
+        self, variables: Iterable[str] | str | None = None, stay_ids: Iterable[int] | None = None
+    ) -> pd.DataFrame:
         "Treatments over intervals: `stay_id, start_h, end_h, variable, rate, amount, item`, sorted by stay and start; `None` means all."
         return self._read("interventions", variables, stay_ids)
 
@@ -141,15 +179,27 @@ def _make_stays(con: duckdb.DuckDBPyConnection, sql: str) -> dict[str, int]:
     "Fill the table `stays`; refuse stays that cannot be; return counts of those left out."
     con.execute(f"CREATE TABLE all_stays AS {sql}")
     for wrong, what in (
-        ("NOT has_patient", "without a patient: the patient table does not list its subject; copy both tables from one release"),
-        ("out_us < in_us", "whose times run backwards: it ends before it starts; check the admission and discharge columns"),
+        (
+            "NOT has_patient",
+            "without a patient: the patient table does not list its subject; copy both tables from one release",
+        ),
+        (
+            "out_us < in_us",
+            "whose times run backwards: it ends before it starts; check the admission and discharge columns",
+        ),
         ("stay_id IS NULL OR subject_id IS NULL", "without an id"),
-        ("stay_id IN (SELECT stay_id FROM all_stays GROUP BY 1 HAVING count(*) > 1)", "listed more than once, with different contents; keep one row a stay, a patient and an admission"),
+        (
+            "stay_id IN (SELECT stay_id FROM all_stays GROUP BY 1 HAVING count(*) > 1)",
+            "listed more than once, with different contents; keep one row a stay, a patient and an admission",
+        ),
     ):
-        if n := con.execute(f"SELECT count(*) FROM all_stays WHERE {wrong}").fetchall()[0][0]: raise SourceError(f"stays: {n} stay(s) {what}")
+        if n := con.execute(f"SELECT count(*) FROM all_stays WHERE {wrong}").fetchall()[0][0]:
+            raise SourceError(f"stays: {n} stay(s) {what}")
     con.execute("CREATE TABLE stays AS SELECT * FROM all_stays WHERE out_us > in_us")
-    read, no_time, no_length = con.execute("""SELECT count(*), count_if(in_us IS NULL OR out_us IS NULL), count_if(out_us = in_us)
+    read, no_time, no_length = (
+        con.execute("""SELECT count(*), count_if(in_us IS NULL OR out_us IS NULL), count_if(out_us = in_us)
                                               FROM all_stays""").fetchall()[0]
+    )
     repeated = con.execute("SELECT coalesce(sum(repeated), 0) FROM all_stays").fetchall()[0][0]
     return {"read": read, "no admission or discharge time": no_time, "no length": no_length, "repeated": int(repeated)}
 
@@ -162,7 +212,9 @@ _STAYS = """SELECT stay_id, subject_id, CAST(hadm_id AS BIGINT) AS hadm_id, CAST
 def _write_kept(con: duckdb.DuckDBPyConnection, name: str, table: str, folder: Path) -> tuple[int, int]:
     "Write the kept rows of a checked table; return how many, and how many repeated rows were left out."
     for c in ("variable", "item"):
-        con.execute(f"CREATE OR REPLACE TYPE {c}_{name} AS ENUM (SELECT DISTINCT {c} FROM {table} WHERE reason IS NULL ORDER BY 1)")
+        con.execute(
+            f"CREATE OR REPLACE TYPE {c}_{name} AS ENUM (SELECT DISTINCT {c} FROM {table} WHERE reason IS NULL ORDER BY 1)"
+        )
     enums = ", ".join(f"CAST({c} AS {c}_{name}) AS {c}" for c in ("variable", "item"))
     written = write_table(con, name, f"SELECT * REPLACE ({enums}) FROM {table} WHERE reason IS NULL", folder)
     return written, con.execute(f"SELECT count(*) FROM {table} WHERE reason IS NULL").fetchall()[0][0] - written
@@ -170,16 +222,21 @@ def _write_kept(con: duckdb.DuckDBPyConnection, name: str, table: str, folder: P
 
 def _count(con: duckdb.DuckDBPyConnection, table: str, what: str, where: str) -> dict[str, dict[str, int]]:
     "Rows by variable and `what`, as nested dicts."
-    rows = con.execute(f"SELECT variable, {what}, count(*) FROM {table} WHERE {where} GROUP BY ALL ORDER BY ALL").fetchall()
+    rows = con.execute(
+        f"SELECT variable, {what}, count(*) FROM {table} WHERE {where} GROUP BY ALL ORDER BY ALL"
+    ).fetchall()
     out: dict[str, dict[str, int]] = {}
-    for variable, key, n in rows: out.setdefault(variable, {})[key] = n
+    for variable, key, n in rows:
+        out.setdefault(variable, {})[key] = n
     return out
 
 # %% ../../nbs/data/08_store.ipynb #475c643e
 _READERS = {"mimic3": mimic, "mimic4": mimic, "eicu": eicu, "meds": meds, "challenge2012": flat, "tidy": flat}
 
 
-def extract(path: str | Path, out: str | Path, *, progress: bool = True, memory_gb: float = 2.5, threads: int | None = None) -> EventStore:
+def extract(
+    path: str | Path, out: str | Path, *, progress: bool = True, memory_gb: float = 2.5, threads: int | None = None
+) -> EventStore:
     """Turn a folder of ICU records into an `EventStore` in the new folder `out`.
 
     Each table is read once, out of core, within about `memory_gb`. The store is written whole or not at all: an error or Ctrl-C leaves nothing
@@ -191,13 +248,21 @@ def extract(path: str | Path, out: str | Path, *, progress: bool = True, memory_
         stage = tmp / "stage"
         stage.mkdir()
         with duckdb.connect(stage / "work.duckdb") as con, explaining():
-            con.execute(f"SET memory_limit = '{memory_gb}GB'; SET temp_directory = {quoted(stage)}; SET enable_progress_bar = false")
-            if threads: con.execute(f"SET threads = {threads}")
-            if hasattr(reader, "prepare_source"): reader.prepare_source(source, con)
+            con.execute(
+                f"SET memory_limit = '{memory_gb}GB'; SET temp_directory = {quoted(stage)}; SET enable_progress_bar = false"
+            )
+            if threads:
+                con.execute(f"SET threads = {threads}")
+            if hasattr(reader, "prepare_source"):
+                reader.prepare_source(source, con)
             account = {"stays": _make_stays(con, reader.stays_sql(source))}
             prepare(con)
             scans = list(reader.scans(source, con))
-            run(con, [Job(f"CREATE TABLE raw_{n} AS {s.sql}", source.tables.get(s.table)) for n, s in enumerate(scans)], progress=progress)
+            run(
+                con,
+                [Job(f"CREATE TABLE raw_{n} AS {s.sql}", source.tables.get(s.table)) for n, s in enumerate(scans)],
+                progress=progress,
+            )
             for n, scan in enumerate(scans):
                 (clean_events if scan.form == "events" else clean_intervals)(con, f"raw_{n}", scan)
                 con.execute(f"DROP TABLE raw_{n}")
