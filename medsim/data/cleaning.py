@@ -30,20 +30,28 @@ WORDS = {  # what a charted word says, by variable
 # %% ../../nbs/data/04_cleaning.ipynb #071420c4
 def _says(variable: str, text: str | None) -> bool:
     word = (text or "").lower()
-    if variable == "oxygen_device" and re.search(WORDS["noninvasive_setting"], word): return False
+    if variable == "oxygen_device" and re.search(WORDS["noninvasive_setting"], word):
+        return False
     return bool(re.search(WORDS[variable], word))
 
 
 def _event_rule(variable: str, note: str, unit: str, text: str | None, target: str) -> dict | None:
     "How a number with this unit and word becomes `variable`; None if the row says nothing about it."
-    if note == "text": return dict(rule="flag") if _says(variable, text) else None
-    if note == "mode": return None if "standby" in (text or "").lower() else dict(rule="mode")
-    if note == "present": return dict(rule="present")
-    if note == "percent or fraction": return dict(rule="fio2")
-    if note == "bedside": return {**(_event_rule(variable, "", unit, text, target) or {}), "lab": False}
+    if note == "text":
+        return dict(rule="flag") if _says(variable, text) else None
+    if note == "mode":
+        return None if "standby" in (text or "").lower() else dict(rule="mode")
+    if note == "present":
+        return dict(rule="present")
+    if note == "percent or fraction":
+        return dict(rule="fio2")
+    if note == "bedside":
+        return {**(_event_rule(variable, "", unit, text, target) or {}), "lab": False}
     sign, unit = (-1.0, note[6:]) if note.startswith("minus ") else (1.0, note or unit or target)
-    try: c = conversion(variable, unit, target)
-    except ValueError: return dict(rule="affine", reason=f"unit {unit!r} not understood")
+    try:
+        c = conversion(variable, unit, target)
+    except ValueError:
+        return dict(rule="affine", reason=f"unit {unit!r} not understood")
     return dict(rule="affine", scale=sign * c.scale, offset=c.offset)
 
 
@@ -56,7 +64,8 @@ def event_verdicts(keys: pd.DataFrame, scan: Scan) -> pd.DataFrame:
         item, unit, text, variable = key
         spec, note = table.loc[variable], use.note.iloc[0]
         verdict = _event_rule(variable, note, unit, None if pd.isna(text) else text, spec.unit)
-        if verdict is None: continue
+        if verdict is None:
+            continue
         rows.append(dict(item=item, unit=unit, text=None if pd.isna(text) else text, variable=variable, label=f"{scan.items}:{item}",
                          low=spec.low, high=spec.high, delay_us=int(spec.delay_h * 3.6e9),
                          **{**dict(scale=1.0, offset=0.0, reason=None, lab=spec.group == "lab"), **verdict}))  # fmt: skip
@@ -96,9 +105,12 @@ _ARTERIAL = """SELECT r.* REPLACE (coalesce(r.excluded, CASE WHEN NOT s.arterial
 
 def clean_events(con: duckdb.DuckDBPyConnection, raw: str, scan: Scan) -> None:
     "Convert, judge and place the raw events of a scan; append them with a `reason` (NULL: kept) to the table `checked`."
-    keys = con.execute(f"""SELECT DISTINCT CAST(item AS VARCHAR) AS item, coalesce(unit, '') AS unit, text FROM {raw}""").df()
+    keys = con.execute(
+        f"""SELECT DISTINCT CAST(item AS VARCHAR) AS item, coalesce(unit, '') AS unit, text FROM {raw}"""
+    ).df()
     put(con, "verdicts", event_verdicts(keys, scan).astype(object))
-    if con.execute(f"SELECT count(specimen) FROM {raw}").fetchall()[0][0]: raw = f"({_ARTERIAL.format(raw=raw)})"
+    if con.execute(f"SELECT count(specimen) FROM {raw}").fetchall()[0][0]:
+        raw = f"({_ARTERIAL.format(raw=raw)})"
     con.execute(f"""INSERT INTO checked
         WITH c AS (SELECT CAST(item AS {scan.item_type}) AS item, unit, text, variable, label, CAST(low AS DOUBLE) AS low,
                    CAST(high AS DOUBLE) AS high, CAST(delay_us AS BIGINT) AS delay_us, CAST(lab AS BOOLEAN) AS lab,
@@ -125,8 +137,10 @@ def prepare(con: duckdb.DuckDBPyConnection) -> None:
 
 # %% ../../nbs/data/04_cleaning.ipynb #ded6c85e
 def _scale(variable: str, source: str, target: str) -> tuple[float | None, int, str | None]:
-    try: c = conversion(variable, source, target)
-    except ValueError: return None, 0, f"unit {source!r} not understood"
+    try:
+        c = conversion(variable, source, target)
+    except ValueError:
+        return None, 0, f"unit {source!r} not understood"
     return c.scale, c.weight_power, None
 
 
@@ -144,7 +158,9 @@ def interval_verdicts(keys: pd.DataFrame, scan: Scan) -> pd.DataFrame:
         row = dict(item=item, rate_unit=rate_unit, amount_unit=amount_unit, variable=variable, label=f"{scan.items}:{item}", group=spec.group,
                    low=spec.low, high=spec.high, rate_scale=1.0, rate_power=0, amount_scale=None, amount_power=0, reason=None)  # fmt: skip
         if spec.group in ("vasopressor", "inotrope", "fluid"):
-            row["rate_scale"], row["rate_power"], row["reason"] = _scale(variable, rate_unit or default or target, target)
+            row["rate_scale"], row["rate_power"], row["reason"] = _scale(
+                variable, rate_unit or default or target, target
+            )
             row["amount_scale"], row["amount_power"], _ = _scale(variable, f"{amount_unit or 'mL'}/h", target)
         rows.append(row)
     columns = "item rate_unit amount_unit variable label group low high rate_scale rate_power amount_scale amount_power reason".split()
@@ -169,7 +185,8 @@ _DOSE = """CASE WHEN c."group" = 'fluid' THEN coalesce(r.amount / hours * c.amou
 
 def clean_intervals(con: duckdb.DuckDBPyConnection, raw: str, scan: Scan) -> None:
     "Convert, judge and place raw intervals; append them to `checked_intervals` (and moments such as an extubation to `checked`)."
-    if scan.form == "rates": raw = rates_to_intervals(con, raw, scan)
+    if scan.form == "rates":
+        raw = rates_to_intervals(con, raw, scan)
     con.execute(f"CREATE OR REPLACE TEMP TABLE spans AS SELECT * FROM {raw}")
     _refuse_reversed(con, scan)
     keys = con.execute("""SELECT DISTINCT CAST(item AS VARCHAR) AS item, coalesce(rate_unit, '') AS rate_unit,
@@ -208,4 +225,6 @@ def clean_intervals(con: duckdb.DuckDBPyConnection, raw: str, scan: Scan) -> Non
 def _refuse_reversed(con: duckdb.DuckDBPyConnection, scan: Scan) -> None:
     n, back = con.execute("SELECT count(*), count_if(t1 < t0) FROM spans").fetchall()[0]
     if n >= 5 and back / n > 0.2:
-        raise SourceError(f"{scan.table}: times run backwards, {back} of {n} intervals end before they start; check start and end columns")
+        raise SourceError(
+            f"{scan.table}: times run backwards, {back} of {n} intervals end before they start; check start and end columns"
+        )

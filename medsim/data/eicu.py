@@ -46,15 +46,26 @@ _NUMBER = r"""TRY_CAST(regexp_extract({}, '^\s*([-+]?[0-9]*\.?[0-9]+)\s*%?\s*$',
 
 def _labelled(source: Source, table: Table, label: str, value: str, offset: str, unit: str | None = None, item: str | None = None,
               where: str = "true") -> Scan:  # fmt: skip
-    read = table.read({unit: "VARCHAR"} if unit else {}, patientunitstayid="BIGINT", **{label: "VARCHAR", value: "VARCHAR", offset: "BIGINT"})
+    read = table.read(
+        {unit: "VARCHAR"} if unit else {},
+        patientunitstayid="BIGINT",
+        **{label: "VARCHAR", value: "VARCHAR", offset: "BIGINT"},
+    )
     names = sorted(set(items("eicu", table=table.name)["item"]))
     quoted = ", ".join("'" + n.replace("'", "''") + "'" for n in names)
     texts = "('O2 Device')"
-    return Scan(table.name, "events", f"""
+    return Scan(
+        table.name,
+        "events",
+        f"""
         SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, {offset} * {_US} AS t, CAST(NULL AS BIGINT) AS available,
                {item or label} AS item, {_NUMBER.format(value)} AS value, {unit or "''"} AS unit,
                CASE WHEN {label} IN {texts} THEN {value} END AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE {where}) WHERE item IN ({quoted})""", "eicu", table.name, item_type="VARCHAR")
+        FROM {read} WHERE {where}) WHERE item IN ({quoted})""",
+        "eicu",
+        table.name,
+        item_type="VARCHAR",
+    )
 
 
 def lab_scan(source: Source, table: Table) -> Scan:
@@ -77,7 +88,9 @@ def exam_scan(source: Source, table: Table) -> Scan:
     path = "physicalexampath"
     item = rf"""CASE WHEN {path} LIKE '%/GCS/Eyes Score/%' THEN 'gcs eye' WHEN {path} LIKE '%/GCS/Verbal Score/%' THEN 'gcs verbal'
         WHEN {path} LIKE '%/GCS/Motor Score/%' THEN 'gcs motor' WHEN regexp_matches({path}, '/GCS/[0-9]+$') THEN 'gcs total' END"""
-    return _labelled(source, table, path, "physicalexamvalue", "physicalexamoffset", item=item, where=f"{path} LIKE '%/GCS/%'")
+    return _labelled(
+        source, table, path, "physicalexamvalue", "physicalexamoffset", item=item, where=f"{path} LIKE '%/GCS/%'"
+    )
 
 # %% ../../nbs/data/06_eicu.ipynb #a7b5e136
 def monitor_scan(source: Source, table: Table) -> Scan:
@@ -85,29 +98,50 @@ def monitor_scan(source: Source, table: Table) -> Scan:
     names = [c for c in sorted(set(items("eicu", table=table.name)["item"])) if table.has(c)]
     read = table.read(patientunitstayid="BIGINT", observationoffset="BIGINT", **dict.fromkeys(names, "DOUBLE"))
     quoted = ", ".join(f"'{n}'" for n in names)
-    return Scan(table.name, "events", f"""
+    return Scan(
+        table.name,
+        "events",
+        f"""
         SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, observationoffset * {_US} AS t,
                CAST(NULL AS BIGINT) AS available, unnest([{quoted}]) AS item, unnest([{", ".join(names)}]) AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text,
-               CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen FROM {read}) WHERE value IS NOT NULL""", "eicu", table.name, item_type="VARCHAR")
+               CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen FROM {read}) WHERE value IS NOT NULL""",
+        "eicu",
+        table.name,
+        item_type="VARCHAR",
+    )
 
 
 def body_scan(source: Source, table: Table) -> Scan:
     "Weight and height on admission."
     read = table.read({"admissionweight": "VARCHAR", "admissionheight": "VARCHAR"}, patientunitstayid="BIGINT")
-    return Scan("patient", "events", f"""
+    return Scan(
+        "patient",
+        "events",
+        f"""
         SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, CAST(0 AS BIGINT) AS t, CAST(NULL AS BIGINT) AS available,
                unnest(['admissionweight', 'admissionheight']) AS item,
                unnest([TRY_CAST(admissionweight AS DOUBLE), TRY_CAST(admissionheight AS DOUBLE)]) AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text,
-               CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen FROM {read}) WHERE value > 0""", "eicu", "patient", item_type="VARCHAR")
+               CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen FROM {read}) WHERE value > 0""",
+        "eicu",
+        "patient",
+        item_type="VARCHAR",
+    )
 
 
 def culture_scan(source: Source, table: Table) -> Scan:
     "One event a culture taken."
     read = table.read({"culturesite": "VARCHAR"}, patientunitstayid="BIGINT", culturetakenoffset="BIGINT")
-    return Scan("microlab", "events", f"""
+    return Scan(
+        "microlab",
+        "events",
+        f"""
         SELECT DISTINCT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, culturetakenoffset * {_US} AS t, CAST(NULL AS BIGINT) AS available,
                'any' AS item, 1.0 AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded,
-               CAST(NULL AS BIGINT) AS specimen FROM {read}""", "eicu", "microlab", item_type="VARCHAR")
+               CAST(NULL AS BIGINT) AS specimen FROM {read}""",
+        "eicu",
+        "microlab",
+        item_type="VARCHAR",
+    )
 
 # %% ../../nbs/data/06_eicu.ipynb #e4dcb699
 _HEAD = r"^(volume \(ml\)-)?\s*"
@@ -124,19 +158,40 @@ NOT_URINE = r"(count|occurrence|unmeasured|irrigant)"
 # %% ../../nbs/data/06_eicu.ipynb #18e12a75
 def urine_scan(source: Source, table: Table) -> Scan:
     "Urine volumes and body weights."
-    read = table.read(patientunitstayid="BIGINT", intakeoutputoffset="BIGINT", cellpath="VARCHAR", celllabel="VARCHAR", cellvaluenumeric="DOUBLE")
+    read = table.read(
+        patientunitstayid="BIGINT",
+        intakeoutputoffset="BIGINT",
+        cellpath="VARCHAR",
+        celllabel="VARCHAR",
+        cellvaluenumeric="DOUBLE",
+    )
     urine = f"""cellpath LIKE '%Output (ml)%' AND regexp_matches(lower(celllabel), '{URINE_LABEL}') AND NOT regexp_matches(lower(celllabel), '{NOT_URINE}')"""
-    return Scan("intakeoutput", "events", f"""
+    return Scan(
+        "intakeoutput",
+        "events",
+        f"""
         SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, intakeoutputoffset * {_US} AS t, CAST(NULL AS BIGINT) AS available,
                CASE WHEN celllabel = 'Bodyweight (kg)' THEN 'weight' ELSE 'urine' END AS item, cellvaluenumeric AS value, '' AS unit,
                CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE celllabel = 'Bodyweight (kg)' OR ({urine})""", "eicu", "intakeoutput", item_type="VARCHAR")
+        FROM {read} WHERE celllabel = 'Bodyweight (kg)' OR ({urine})""",
+        "eicu",
+        "intakeoutput",
+        item_type="VARCHAR",
+    )
 
 
 def fluid_scan(source: Source, table: Table) -> Scan:
     "Fluid volumes charted for the hour before."
-    read = table.read(patientunitstayid="BIGINT", intakeoutputoffset="BIGINT", cellpath="VARCHAR", celllabel="VARCHAR", cellvaluenumeric="DOUBLE")
-    cases = " ".join(f"WHEN regexp_matches(lower(celllabel), '{pattern}') THEN '{fluid}'" for fluid, pattern in FLUID_LABELS.items())
+    read = table.read(
+        patientunitstayid="BIGINT",
+        intakeoutputoffset="BIGINT",
+        cellpath="VARCHAR",
+        celllabel="VARCHAR",
+        cellvaluenumeric="DOUBLE",
+    )
+    cases = " ".join(
+        f"WHEN regexp_matches(lower(celllabel), '{pattern}') THEN '{fluid}'" for fluid, pattern in FLUID_LABELS.items()
+    )
     return Scan("intakeoutput", "rates", f"""
         SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, intakeoutputoffset * {_US} AS t, CASE {cases} END AS item,
                CAST(NULL AS DOUBLE) AS rate, '' AS rate_unit, cellvaluenumeric AS amount, 'mL' AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
@@ -147,15 +202,29 @@ def fluid_scan(source: Source, table: Table) -> Scan:
 # %% ../../nbs/data/06_eicu.ipynb #a3105fdb
 def infusion_scan(source: Source, table: Table) -> Scan:
     "Vasopressor and inotrope rates as charted; a rate that is no number (OFF) is a stop."
-    read = table.read({"patientweight": "DOUBLE"}, patientunitstayid="BIGINT", infusionoffset="BIGINT", drugname="VARCHAR", drugrate="VARCHAR")
+    read = table.read(
+        {"patientweight": "DOUBLE"},
+        patientunitstayid="BIGINT",
+        infusionoffset="BIGINT",
+        drugname="VARCHAR",
+        drugrate="VARCHAR",
+    )
     known = sorted(set(items("eicu", table="infusiondrug")["item"]), key=lambda p: (p.startswith("epinephrine"), p))
     cases = " ".join(f"WHEN regexp_matches(lower(drugname), '{p}') THEN '{p}'" for p in known)
     unit = r"regexp_extract(drugname, '\(([^)]*)\)\s*$', 1)"
-    return Scan("infusiondrug", "rates", f"""
+    return Scan(
+        "infusiondrug",
+        "rates",
+        f"""
         SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, infusionoffset * {_US} AS t, CASE {cases} END AS item,
                coalesce(TRY_CAST(drugrate AS DOUBLE), 0) AS rate, CASE WHEN {unit} = '' THEN 'none given' ELSE {unit} END AS rate_unit,
                CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, patientweight AS weight, CAST(NULL AS VARCHAR) AS excluded
-        FROM {read}) WHERE item IS NOT NULL""", "eicu", "infusiondrug", item_type="VARCHAR", options=dict(hold_h=12.0, spread_h=1.0))
+        FROM {read}) WHERE item IS NOT NULL""",
+        "eicu",
+        "infusiondrug",
+        item_type="VARCHAR",
+        options=dict(hold_h=12.0, spread_h=1.0),
+    )
 
 
 def medication_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection) -> Scan:
@@ -163,7 +232,9 @@ def medication_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection
     read = table.read({"routeadmin": "VARCHAR", "drugordercancelled": "VARCHAR", "drughiclseqno": "BIGINT"}, patientunitstayid="BIGINT",
                       drugname="VARCHAR", drugstartoffset="BIGINT", drugstopoffset="BIGINT")  # fmt: skip
     names = con.execute(f"SELECT DISTINCT drugname, routeadmin, drughiclseqno FROM {read}").df()
-    said = names.drugname.astype("string").fillna(name_items(names.drughiclseqno, "hicl"))  # a third of the orders have only the code
+    said = names.drugname.astype("string").fillna(
+        name_items(names.drughiclseqno, "hicl")
+    )  # a third of the orders have only the code
     put(con, "antibiotic_names", names[is_antibiotic(said, names.routeadmin).to_numpy(bool)])
     return Scan("medication", "intervals", f"""
         SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, drugstartoffset * {_US} AS t0,
@@ -182,7 +253,10 @@ def treatment_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection)
     names = con.execute(f"SELECT DISTINCT treatmentstring FROM {read}").df()
     put(con, "antibiotic_treatments", names[is_antibiotic_treatment(names.treatmentstring).to_numpy(bool)])
     says = "lower(treatmentstring)"
-    return Scan("treatment", "intervals", f"""
+    return Scan(
+        "treatment",
+        "intervals",
+        f"""
         SELECT * FROM (SELECT DISTINCT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, treatmentoffset * {_US} AS t0,
                (treatmentoffset + 1440) * {_US} AS t1,
                CASE WHEN {says} LIKE '%|mechanical ventilation%' THEN 'mechanical ventilation'
@@ -190,21 +264,33 @@ def treatment_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection)
                     WHEN {says} LIKE '%|cultures%' THEN 'cultures'
                     WHEN treatmentstring IN (SELECT treatmentstring FROM antibiotic_treatments) THEN 'antibiotic' END AS item,
                CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
-               CAST(NULL AS VARCHAR) AS excluded FROM {read}) WHERE item IS NOT NULL""", "eicu", "treatment", item_type="VARCHAR")
+               CAST(NULL AS VARCHAR) AS excluded FROM {read}) WHERE item IS NOT NULL""",
+        "eicu",
+        "treatment",
+        item_type="VARCHAR",
+    )
 
 
 def ventilator_scan(source: Source, table: Table) -> Scan:
     "Ventilation times where both ends are recorded; 0 means not recorded."
     read = table.read(patientunitstayid="BIGINT", ventstartoffset="BIGINT", ventendoffset="BIGINT")
-    return Scan("respiratorycare", "intervals", f"""
+    return Scan(
+        "respiratorycare",
+        "intervals",
+        f"""
         SELECT DISTINCT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, ventstartoffset * {_US} AS t0, ventendoffset * {_US} AS t1,
                'invasive' AS item, 1.0 AS rate, 'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
-               CAST(NULL AS VARCHAR) AS excluded FROM {read} WHERE ventstartoffset <> 0 AND ventendoffset <> 0""", "eicu", "respiratorycare", item_type="VARCHAR")
+               CAST(NULL AS VARCHAR) AS excluded FROM {read} WHERE ventstartoffset <> 0 AND ventendoffset <> 0""",
+        "eicu",
+        "respiratorycare",
+        item_type="VARCHAR",
+    )
 
 # %% ../../nbs/data/06_eicu.ipynb #a30fa723
 def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     "Add the Elixhauser score, as it becomes known, to the table `checked`."
-    if "diagnosis" not in source.tables: return
+    if "diagnosis" not in source.tables:
+        return
     read = source.tables["diagnosis"].read(patientunitstayid="BIGINT", diagnosisoffset="BIGINT", icd9code="VARCHAR")
     noted = con.execute(f"""SELECT patientunitstayid AS id, diagnosisoffset / 60.0 AS time_h, icd9code FROM {read}
                             WHERE icd9code IS NOT NULL ORDER BY ALL""").df()
@@ -225,6 +311,8 @@ _SCANS: dict[str, tuple[Callable[[Source, Table], Scan], ...]] = {
 def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
     "The scans of each table that is there."
     for name, makers in _SCANS.items():
-        for make in makers if name in source.tables else (): yield make(source, source.tables[name])
+        for make in makers if name in source.tables else ():
+            yield make(source, source.tables[name])
     for name, make_with in (("medication", medication_scan), ("treatment", treatment_scan)):
-        if name in source.tables: yield make_with(source, source.tables[name], con)
+        if name in source.tables:
+            yield make_with(source, source.tables[name], con)

@@ -37,32 +37,58 @@ def _tidy_stays(source: Source) -> str:
 
 
 def _check_concepts(con: duckdb.DuckDBPyConnection, table: Table) -> None:
-    found = con.execute(f"SELECT DISTINCT concept FROM {table.read(concept='VARCHAR')} WHERE concept IS NOT NULL ORDER BY 1").fetchall()
-    try: check_variables([r[0] for r in found])
-    except ValueError as e: raise SourceError(f"{table.path.name}, column concept: {e}") from None
+    found = con.execute(
+        f"SELECT DISTINCT concept FROM {table.read(concept='VARCHAR')} WHERE concept IS NOT NULL ORDER BY 1"
+    ).fetchall()
+    try:
+        check_variables([r[0] for r in found])
+    except ValueError as e:
+        raise SourceError(f"{table.path.name}, column concept: {e}") from None
 
 
 def _tidy_scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
     for name in _CONCEPT_TABLES:
-        if name in source.tables: _check_concepts(con, source.tables[name])
+        if name in source.tables:
+            _check_concepts(con, source.tables[name])
     static = source.tables["static"].read({"weight": "DOUBLE", "height": "DOUBLE"}, stay_id="BIGINT", intime="VARCHAR")
     row = "CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen"
     yield Scan("static", "events", f"""
         SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, stay_id, {_us("intime")} AS t, CAST(NULL AS BIGINT) AS available,
         unnest(['weight', 'height']) AS item, unnest([weight, height]) AS value, '' AS unit, {row} FROM {static}) WHERE value IS NOT NULL""",
         "tidy", "events", item_type="VARCHAR")  # fmt: skip
-    read = source.tables["events"].read({"available_time": "VARCHAR", "unit": "VARCHAR"}, stay_id="BIGINT", time="VARCHAR", concept="VARCHAR", value="DOUBLE")
-    yield Scan("events", "events", f"""
+    read = source.tables["events"].read(
+        {"available_time": "VARCHAR", "unit": "VARCHAR"},
+        stay_id="BIGINT",
+        time="VARCHAR",
+        concept="VARCHAR",
+        value="DOUBLE",
+    )
+    yield Scan(
+        "events",
+        "events",
+        f"""
         SELECT CAST(NULL AS BIGINT) AS subject_id, stay_id, {_us("time")} AS t, {_us("available_time")} AS available, concept AS item, value, unit, {row}
-        FROM {read}""", "tidy", "events", item_type="VARCHAR")
-    if "interventions" not in source.tables: return
+        FROM {read}""",
+        "tidy",
+        "events",
+        item_type="VARCHAR",
+    )
+    if "interventions" not in source.tables:
+        return
     given = source.tables["interventions"].read(
         {"rate": "DOUBLE", "rate_unit": "VARCHAR", "amount": "DOUBLE", "amount_unit": "VARCHAR"},
         stay_id="BIGINT", start="VARCHAR", end="VARCHAR", concept="VARCHAR")  # fmt: skip
     given = given.replace("'end'", "'end'")
-    yield Scan("interventions", "intervals", f"""
+    yield Scan(
+        "interventions",
+        "intervals",
+        f"""
         SELECT CAST(NULL AS BIGINT) AS subject_id, stay_id, {_us("start")} AS t0, {_us('"end"')} AS t1, concept AS item, rate, rate_unit, amount, amount_unit,
-               CAST(NULL AS DOUBLE) AS weight, CAST(NULL AS VARCHAR) AS excluded FROM {given}""", "tidy", "interventions", item_type="VARCHAR")
+               CAST(NULL AS DOUBLE) AS weight, CAST(NULL AS VARCHAR) AS excluded FROM {given}""",
+        "tidy",
+        "interventions",
+        item_type="VARCHAR",
+    )
 
 # %% ../../nbs/data/07a_flat.ipynb #67b510d6
 def _records(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
@@ -71,9 +97,11 @@ def _records(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
     for archive in archives:
         with tarfile.open(archive) as tar:
             for member in tar:
-                if member.isfile() and member.name.endswith(".txt") and (f := tar.extractfile(member)): yield Path(member.name).name, iter(f.read().decode().splitlines())
+                if member.isfile() and member.name.endswith(".txt") and (f := tar.extractfile(member)):
+                    yield Path(member.name).name, iter(f.read().decode().splitlines())
     if not archives:
-        for file in sorted(path.rglob("1[3-6]????.txt")): yield file.name, iter(file.read_text().splitlines())
+        for file in sorted(path.rglob("1[3-6]????.txt")):
+            yield file.name, iter(file.read_text().splitlines())
 
 
 def _pour(source: Source, con: duckdb.DuckDBPyConnection) -> None:
@@ -85,21 +113,30 @@ def _pour(source: Source, con: duckdb.DuckDBPyConnection) -> None:
         write.writerow(("record", "minute", "parameter", "value"))
         try:
             for name, lines in _records(source.path):
-                if not (head := next(lines, "")).startswith("Time,"): raise SourceError(f"{name}: the first line is {len(head)} characters that are not 'Time,Parameter,Value'")
+                if not (head := next(lines, "")).startswith("Time,"):
+                    raise SourceError(
+                        f"{name}: the first line is {len(head)} characters that are not 'Time,Parameter,Value'"
+                    )
                 for n, line in enumerate(lines, start=2):
                     time, parameter, value = (line.split(",") + ["", ""])[:3]
-                    if len(time) != 5: raise SourceError(f"{name}, line {n}: the time is not HH:MM; mend or remove the line")
+                    if len(time) != 5:
+                        raise SourceError(f"{name}, line {n}: the time is not HH:MM; mend or remove the line")
                     write.writerow((name[:6], int(time[:2]) * 60 + int(time[3:]), parameter, value))
         except (tarfile.TarError, EOFError) as e:
-            raise SourceError(f"{source.path.name}: the archive is truncated or damaged ({type(e).__name__}); copy it again") from None
-    con.execute(f"CREATE OR REPLACE TABLE challenge AS SELECT * FROM {Table.open(target).read(record='BIGINT', minute='BIGINT', parameter='VARCHAR', value='DOUBLE')}")
+            raise SourceError(
+                f"{source.path.name}: the archive is truncated or damaged ({type(e).__name__}); copy it again"
+            ) from None
+    con.execute(
+        f"CREATE OR REPLACE TABLE challenge AS SELECT * FROM {Table.open(target).read(record='BIGINT', minute='BIGINT', parameter='VARCHAR', value='DOUBLE')}"
+    )
     target.unlink()
 
 
 def _outcomes(source: Source) -> str:
     folder = source.path if source.path.is_dir() else source.path.parent
     files = sorted((*folder.glob("Outcomes-?.txt"), *folder.parent.glob("Outcomes-?.txt")))
-    if not files: return "(SELECT CAST(NULL AS BIGINT) AS id, NULL AS days, NULL AS survival, NULL AS died WHERE false)"
+    if not files:
+        return "(SELECT CAST(NULL AS BIGINT) AS id, NULL AS days, NULL AS survival, NULL AS died WHERE false)"
     parts = []
     for file in dict.fromkeys(files):
         names = file.read_text().splitlines()[0].split(",")
@@ -121,15 +158,23 @@ def _challenge_stays(source: Source) -> str:
 
 
 def _challenge_scan() -> Scan:
-    return Scan("challenge", "events", """
+    return Scan(
+        "challenge",
+        "events",
+        """
         SELECT record AS subject_id, record AS stay_id, minute * 60000000 AS t, CAST(NULL AS BIGINT) AS available, parameter AS item, value, '' AS unit,
                CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM challenge WHERE NOT (value = -1 AND parameter IN ('Height', 'Weight'))""", "challenge", "", item_type="VARCHAR")
+        FROM challenge WHERE NOT (value = -1 AND parameter IN ('Height', 'Weight'))""",
+        "challenge",
+        "",
+        item_type="VARCHAR",
+    )
 
 # %% ../../nbs/data/07a_flat.ipynb #e650a02a
 def prepare_source(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     "Pour the Challenge's files into one table; nothing to do for tidy tables."
-    if source.kind == "challenge2012": _pour(source, con)
+    if source.kind == "challenge2012":
+        _pour(source, con)
 
 
 def stays_sql(source: Source) -> str:
@@ -139,8 +184,10 @@ def stays_sql(source: Source) -> str:
 
 def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
     "The scans of a tidy folder, or the one of the Challenge."
-    if source.kind == "challenge2012": yield _challenge_scan()
-    else: yield from _tidy_scans(source, con)
+    if source.kind == "challenge2012":
+        yield _challenge_scan()
+    else:
+        yield from _tidy_scans(source, con)
 
 
 def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:

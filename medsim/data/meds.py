@@ -29,6 +29,7 @@ def _optional(source: Source, con: duckdb.DuckDBPyConnection, column: str, kind:
 # %% ../../nbs/data/07_meds.ipynb #dcd2e7ea
 def stays_sql(source: Source) -> str:
     "SQL for one row a stay, paired from the ICU_ADMISSION and ICU_DISCHARGE events."
+
     def nth(prefix: str) -> str:
         return f"""(SELECT subject_id, epoch_us(time) AS t, code, row_number() OVER (PARTITION BY subject_id ORDER BY time, code) AS n
                     FROM {_all(source)} WHERE code LIKE '{prefix}//%' OR code = '{prefix}')"""
@@ -66,35 +67,59 @@ def _stage(source: Source, con: duckdb.DuckDBPyConnection) -> None:
 def _events(table: str, where: str, hospital: bool) -> Scan:
     ids = ", ".join(i for i in sorted(set(items("mimic", table=table)["item"])) if i.isdigit())
     known = "t" if table == "labevents" else "CAST(NULL AS BIGINT)"
-    return Scan(table, "events", f"""
+    return Scan(
+        table,
+        "events",
+        f"""
         SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, t, {known} AS available, item, CAST(CAST(value AS FLOAT) AS VARCHAR)::DOUBLE AS value, unit,
                text_value AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM meds_rows WHERE item IN ({ids}) AND {where} AND value IS NOT NULL AND NOT isnan(value)""", "mimic", table, hospital=hospital)
+        FROM meds_rows WHERE item IN ({ids}) AND {where} AND value IS NOT NULL AND NOT isnan(value)""",
+        "mimic",
+        table,
+        hospital=hospital,
+    )
 
 # %% ../../nbs/data/07_meds.ipynb #a01b3dc8
 def _paired(start: str, end: str) -> str:
     def nth(kind: str) -> str:
         return f"""(SELECT subject_id, item, t, value, row_number() OVER (PARTITION BY subject_id, item ORDER BY t) AS n
                     FROM meds_rows WHERE code LIKE '{kind}//%')"""
+
     return f"SELECT s.subject_id, s.item, s.t AS t0, e.t AS t1, s.value AS rate, e.value AS amount FROM {nth(start)} s LEFT JOIN {nth(end)} e USING (subject_id, item, n)"
 
 
 def _intervals(table: str, start: str, end: str, rate: str, rate_unit: str) -> Scan:
     ids = ", ".join(i for i in sorted(set(items("mimic", table=table)["item"])) if i.isdigit())
-    return Scan(table, "intervals", f"""
+    return Scan(
+        table,
+        "intervals",
+        f"""
         SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, t0, t1, item, {rate} AS rate, '{rate_unit}' AS rate_unit,
                CASE WHEN isnan(amount) THEN NULL ELSE amount END AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
                CASE WHEN t1 IS NULL THEN 'no end' END AS excluded
-        FROM ({_paired(start, end)}) WHERE item IN ({ids})""", "mimic", table)
+        FROM ({_paired(start, end)}) WHERE item IN ({ids})""",
+        "mimic",
+        table,
+    )
 
 
 def _medications(con: duckdb.DuckDBPyConnection) -> Scan:
-    names = con.execute("SELECT DISTINCT code, split_part(code, '//', 2) AS drug FROM meds_rows WHERE code LIKE 'MEDICATION//%'").df()
+    names = con.execute(
+        "SELECT DISTINCT code, split_part(code, '//', 2) AS drug FROM meds_rows WHERE code LIKE 'MEDICATION//%'"
+    ).df()
     put(con, "antibiotic_codes", names[is_antibiotic(names.drug).to_numpy(bool)])
-    return Scan("prescriptions", "intervals", """
+    return Scan(
+        "prescriptions",
+        "intervals",
+        """
         SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, t AS t0, t + 86400000000 AS t1, 'antibiotic' AS item, CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit,
                CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight, CAST(NULL AS VARCHAR) AS excluded
-        FROM meds_rows JOIN antibiotic_codes USING (code)""", "mimic", "prescriptions", hospital=True, item_type="VARCHAR")
+        FROM meds_rows JOIN antibiotic_codes USING (code)""",
+        "mimic",
+        "prescriptions",
+        hospital=True,
+        item_type="VARCHAR",
+    )
 
 # %% ../../nbs/data/07_meds.ipynb #650c9fc4
 def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
@@ -103,7 +128,9 @@ def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
     yield _events("chartevents", "kind = 'LAB'", hospital=False)
     yield _events("labevents", "kind = 'LAB'", hospital=True)
     yield _events("outputevents", "kind = 'SUBJECT_FLUID_OUTPUT'", hospital=False)
-    yield _intervals("inputevents", "INFUSION_START", "INFUSION_END", "CASE WHEN isnan(rate) THEN NULL ELSE rate END", "")
+    yield _intervals(
+        "inputevents", "INFUSION_START", "INFUSION_END", "CASE WHEN isnan(rate) THEN NULL ELSE rate END", ""
+    )
     yield _intervals("procedureevents", "PROCEDURE//START", "PROCEDURE//END", "1.0", "on")
     yield _medications(con)
 
@@ -115,4 +142,6 @@ def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
         FROM stays s JOIN {_all(source)} d ON d.subject_id = s.subject_id AND d.code LIKE 'DIAGNOSIS//ICD//%' AND epoch_us(d.time) < s.in_us
         ORDER BY ALL""").df()
     put(con, "scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
-    con.execute("INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores")
+    con.execute(
+        "INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores"
+    )

@@ -23,7 +23,8 @@ _DAY_US = 86_400_000_000
 
 
 def _age_sql(kind: str) -> str:
-    if kind == "mimic4": return "p.anchor_age + year(i.intime) - p.anchor_year"
+    if kind == "mimic4":
+        return "p.anchor_age + year(i.intime) - p.anchor_year"
     years = "date_diff('day', p.dob, i.intime) / 365.25"
     return f"CASE WHEN {years} > 120 THEN 90 ELSE {years} END"
 
@@ -72,11 +73,17 @@ def chart_scan(source: Source, table: Table) -> Scan:
     read = table.read({"error": "INTEGER", "storetime": "TIMESTAMP"}, subject_id="BIGINT", **{_key(source): "BIGINT"}, itemid="INTEGER",
                       charttime="TIMESTAMP", value="VARCHAR", valuenum="DOUBLE", valueuom="VARCHAR")  # fmt: skip
     texts = _in([i for ids in _TEXT.values() for i in ids])
-    return Scan("chartevents", "events", f"""
+    return Scan(
+        "chartevents",
+        "events",
+        f"""
         SELECT subject_id, {_key(source)} AS stay_id, epoch_us(charttime) AS t, epoch_us(storetime) AS available, itemid AS item,
                valuenum AS value, valueuom AS unit, CASE WHEN itemid IN {texts} THEN value END AS text,
                CASE WHEN error = 1 THEN 'flagged as an error in the source' END AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE itemid IN {_in(_ids("chartevents", column))} AND (valuenum IS NOT NULL OR itemid IN {texts})""", column, "chartevents")
+        FROM {read} WHERE itemid IN {_in(_ids("chartevents", column))} AND (valuenum IS NOT NULL OR itemid IN {texts})""",
+        column,
+        "chartevents",
+    )
 
 # %% ../../nbs/data/05_mimic.ipynb #e34285c1
 SPECIMEN_ITEMS = (52033, 50800)
@@ -88,13 +95,20 @@ def lab_scan(source: Source, table: Table) -> Scan:
     read = table.read({"storetime": "TIMESTAMP", "specimen_id": "BIGINT"}, subject_id="BIGINT", itemid="INTEGER", charttime="TIMESTAMP",
                       value="VARCHAR", valuenum="DOUBLE", valueuom="VARCHAR")  # fmt: skip
     specimen = "specimen_id" if source.kind == "mimic4" else "CAST(hash(subject_id, charttime) >> 1 AS BIGINT)"
-    return Scan("labevents", "events", f"""
+    return Scan(
+        "labevents",
+        "events",
+        f"""
         SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, epoch_us(charttime) AS t, epoch_us(storetime) AS available, itemid AS item,
                valuenum AS value, valueuom AS unit, CASE WHEN itemid IN {_in(list(SPECIMEN_ITEMS))} THEN value END AS text,
                CAST(NULL AS VARCHAR) AS excluded,
                CASE WHEN itemid IN {_in([*SPECIMEN_ITEMS, *BLOOD_GAS_ITEMS])} THEN {specimen} END AS specimen
         FROM {read} WHERE itemid IN {_in([*_ids("labevents", "mimic"), *SPECIMEN_ITEMS])}
-          AND (valuenum IS NOT NULL OR itemid IN {_in(list(SPECIMEN_ITEMS))})""", "mimic", "labevents", hospital=True)
+          AND (valuenum IS NOT NULL OR itemid IN {_in(list(SPECIMEN_ITEMS))})""",
+        "mimic",
+        "labevents",
+        hospital=True,
+    )
 
 
 def output_scan(source: Source, table: Table) -> Scan:
@@ -102,23 +116,37 @@ def output_scan(source: Source, table: Table) -> Scan:
     column = "mimic" if source.kind == "mimic4" else "mimic+carevue"
     read = table.read({"iserror": "INTEGER"}, subject_id="BIGINT", **{_key(source): "BIGINT"}, itemid="INTEGER",
                       charttime="TIMESTAMP", value="DOUBLE", valueuom="VARCHAR")  # fmt: skip
-    return Scan("outputevents", "events", f"""
+    return Scan(
+        "outputevents",
+        "events",
+        f"""
         SELECT subject_id, {_key(source)} AS stay_id, epoch_us(charttime) AS t, CAST(NULL AS BIGINT) AS available, itemid AS item, value,
                valueuom AS unit, CAST(NULL AS VARCHAR) AS text,
                CASE WHEN iserror = 1 THEN 'flagged as an error in the source' END AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE itemid IN {_in(_ids("outputevents", column))} AND value IS NOT NULL""", column, "outputevents")
+        FROM {read} WHERE itemid IN {_in(_ids("outputevents", column))} AND value IS NOT NULL""",
+        column,
+        "outputevents",
+    )
 
 # %% ../../nbs/data/05_mimic.ipynb #850b92e4
 def culture_scan(source: Source, table: Table) -> Scan:
     "One event a specimen sent to microbiology."
     read = table.read({"charttime": "TIMESTAMP", "micro_specimen_id": "BIGINT"}, subject_id="BIGINT", chartdate="TIMESTAMP",
                       spec_itemid="INTEGER")  # fmt: skip
-    return Scan("microbiologyevents", "events", f"""
+    return Scan(
+        "microbiologyevents",
+        "events",
+        f"""
         SELECT DISTINCT subject_id, CAST(NULL AS BIGINT) AS stay_id, epoch_us(coalesce(charttime, chartdate)) AS t,
                CASE WHEN charttime IS NULL THEN epoch_us(chartdate) + {_DAY_US} ELSE epoch_us(charttime) END AS available,
                'any' AS item, 1.0 AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded,
                CAST(NULL AS BIGINT) AS specimen
-        FROM {read}""", "mimic", "microbiologyevents", hospital=True, item_type="VARCHAR")
+        FROM {read}""",
+        "mimic",
+        "microbiologyevents",
+        hospital=True,
+        item_type="VARCHAR",
+    )
 
 # %% ../../nbs/data/05_mimic.ipynb #173a61dd
 _REWRITTEN = "CASE WHEN lower(statusdescription) = 'rewritten' THEN 'order rewritten' END"
@@ -131,20 +159,33 @@ def input_scan(source: Source, table: Table) -> Scan:
                       rate="DOUBLE", rateuom="VARCHAR")  # fmt: skip
     antibiotics = antibiotic_items().query("source == 'metavision'").code.tolist()
     ids = sorted({*_ids("inputevents", "mimic"), *antibiotics})
-    return Scan(table.name, "intervals", f"""
+    return Scan(
+        table.name,
+        "intervals",
+        f"""
         SELECT subject_id, {_key(source)} AS stay_id, epoch_us(starttime) AS t0, epoch_us(endtime) AS t1, itemid AS item, rate,
                rateuom AS rate_unit, amount, amountuom AS amount_unit, patientweight AS weight, {_REWRITTEN} AS excluded
-        FROM {read} WHERE itemid IN {_in(ids)}""", "mimic", "inputevents", options=dict(flags={"antibiotic": antibiotics}))
+        FROM {read} WHERE itemid IN {_in(ids)}""",
+        "mimic",
+        "inputevents",
+        options=dict(flags={"antibiotic": antibiotics}),
+    )
 
 
 def procedure_scan(source: Source, table: Table) -> Scan:
     "Ventilation intervals and extubations."
     read = table.read({"statusdescription": "VARCHAR"}, subject_id="BIGINT", **{_key(source): "BIGINT"}, starttime="TIMESTAMP",
                       endtime="TIMESTAMP", itemid="INTEGER")  # fmt: skip
-    return Scan(table.name, "intervals", f"""
+    return Scan(
+        table.name,
+        "intervals",
+        f"""
         SELECT subject_id, {_key(source)} AS stay_id, epoch_us(starttime) AS t0, epoch_us(endtime) AS t1, itemid AS item, 1.0 AS rate,
                'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight, {_REWRITTEN} AS excluded
-        FROM {read} WHERE itemid IN {_in(_ids("procedureevents", "mimic"))}""", "mimic", "procedureevents")
+        FROM {read} WHERE itemid IN {_in(_ids("procedureevents", "mimic"))}""",
+        "mimic",
+        "procedureevents",
+    )
 
 # %% ../../nbs/data/05_mimic.ipynb #a6771cfe
 def carevue_scan(source: Source, table: Table) -> Scan:
@@ -167,7 +208,12 @@ def carevue_scan(source: Source, table: Table) -> Scan:
 def prescription_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection) -> Scan:
     "Orders of systemic antibiotics as intervals; an order without an end counts for a day."
     start, end = ("starttime", "stoptime") if table.has("starttime") else ("startdate", "enddate")
-    read = table.read({"route": "VARCHAR", "drug_type": "VARCHAR"}, subject_id="BIGINT", drug="VARCHAR", **{start: "TIMESTAMP", end: "TIMESTAMP"})
+    read = table.read(
+        {"route": "VARCHAR", "drug_type": "VARCHAR"},
+        subject_id="BIGINT",
+        drug="VARCHAR",
+        **{start: "TIMESTAMP", end: "TIMESTAMP"},
+    )
     names = con.execute(f"SELECT DISTINCT drug, route FROM {read} WHERE drug IS NOT NULL").df()
     names = names[is_antibiotic(names.drug, names.route).to_numpy(bool)]
     put(con, "antibiotic_names", names.fillna({"route": ""}))
@@ -181,7 +227,8 @@ def prescription_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnecti
 # %% ../../nbs/data/05_mimic.ipynb #adf90264
 def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     "Add the Elixhauser score of earlier admissions' codes to the table `checked`; a stay without an earlier admission gets none."
-    if "diagnoses_icd" not in source.tables: return
+    if "diagnoses_icd" not in source.tables:
+        return
     codes = source.tables["diagnoses_icd"]
     old = codes.has("icd9_code")
     code = "icd9_code" if old else "icd_code"
@@ -192,7 +239,9 @@ def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
         FROM stays s JOIN {admitted} a ON a.subject_id = s.subject_id AND a.hadm_id <> s.hadm_id AND epoch_us(a.dischtime) < s.in_us
         JOIN {read} d ON d.hadm_id = a.hadm_id WHERE d.{code} IS NOT NULL ORDER BY ALL""").df()
     put(con, "scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
-    con.execute("""INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores""")
+    con.execute(
+        """INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores"""
+    )
 
 # %% ../../nbs/data/05_mimic.ipynb #6a92bd36
 _SCANS: dict[str, Callable[[Source, Table], Scan]] = {
@@ -205,5 +254,7 @@ _SCANS: dict[str, Callable[[Source, Table], Scan]] = {
 def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
     "One scan a table."
     for name, make in _SCANS.items():
-        if name in source.tables: yield make(source, source.tables[name])
-    if "prescriptions" in source.tables: yield prescription_scan(source, source.tables["prescriptions"], con)
+        if name in source.tables:
+            yield make(source, source.tables[name])
+    if "prescriptions" in source.tables:
+        yield prescription_scan(source, source.tables["prescriptions"], con)

@@ -20,8 +20,11 @@ def find_tables(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     rank = {s: i for i, s in enumerate((".parquet", ".csv.gz", ".csv"))}
     files = (p for depth in ("*", "*/*", "*/*/*") for p in folder.glob(depth) if p.is_file())
-    for path in sorted(files, key=lambda p: (len(p.parts), next((rank[s] for s in SUFFIXES if p.name.lower().endswith(s)), 9), p.name)):
-        if (name := table_name(path)) is not None: found.setdefault(name, path)
+    for path in sorted(
+        files, key=lambda p: (len(p.parts), next((rank[s] for s in SUFFIXES if p.name.lower().endswith(s)), 9), p.name)
+    ):
+        if (name := table_name(path)) is not None:
+            found.setdefault(name, path)
     return found
 
 # %% ../../nbs/data/03_sources.ipynb #acaca86b
@@ -71,32 +74,46 @@ def _has(tables: Mapping[str, Path], name: str, *columns: str) -> bool:
 
 
 def _is_challenge(path: Path) -> bool:
-    if path.is_file(): return path.name.lower().endswith((".tar.gz", ".tgz", ".tar")) and _tar_of_records(path)
+    if path.is_file():
+        return path.name.lower().endswith((".tar.gz", ".tgz", ".tar")) and _tar_of_records(path)
     return next(path.glob("set-?.tar.gz"), None) is not None or next(path.rglob("1[3-6]????.txt"), None) is not None
 
 
 def _tar_of_records(path: Path) -> bool:
     try:
-        with tarfile.open(path) as tar: return any(Path(m.name).suffix == ".txt" for m in islice(tar, 5))
+        with tarfile.open(path) as tar:
+            return any(Path(m.name).suffix == ".txt" for m in islice(tar, 5))
     except (tarfile.TarError, OSError, EOFError) as e:
         raise SourceError(f"{path.name}: cannot be read as an archive ({type(e).__name__}); copy it again") from None
 
 
 def meds_shards(folder: Path) -> list[Path]:
     "The Parquet shards of a MEDS folder, or an empty list."
-    return [p for p in sorted(folder.glob("data/**/*.parquet")) if {"subject_id", "time", "code"} <= set(Table.open(p).columns)]
+    return [
+        p
+        for p in sorted(folder.glob("data/**/*.parquet"))
+        if {"subject_id", "time", "code"} <= set(Table.open(p).columns)
+    ]
 
 
 def detect_kind(path: Path, tables: Mapping[str, Path]) -> str | None:
     "The kind of source at `path`, or None."
-    if _is_challenge(path): return "challenge2012"
-    if path.is_dir() and meds_shards(path): return "meds"
-    if _has(tables, "icustays", "icustay_id"): return "mimic3"
-    if _has(tables, "icustays", "stay_id"): return "mimic4"
-    if _has(tables, "patient", "patientunitstayid"): return "eicu"
-    if _has(tables, "static", "stay_id") and "events" in tables: return "tidy"
+    if _is_challenge(path):
+        return "challenge2012"
+    if path.is_dir() and meds_shards(path):
+        return "meds"
+    if _has(tables, "icustays", "icustay_id"):
+        return "mimic3"
+    if _has(tables, "icustays", "stay_id"):
+        return "mimic4"
+    if _has(tables, "patient", "patientunitstayid"):
+        return "eicu"
+    if _has(tables, "static", "stay_id") and "events" in tables:
+        return "tidy"
     if "icustays" in tables:
-        raise SourceError(f"{tables['icustays'].name}: neither stay_id (MIMIC-IV) nor icustay_id (MIMIC-III) among its columns")
+        raise SourceError(
+            f"{tables['icustays'].name}: neither stay_id (MIMIC-IV) nor icustay_id (MIMIC-III) among its columns"
+        )
     return None
 
 # %% ../../nbs/data/03_sources.ipynb #e37880a8
@@ -117,7 +134,9 @@ class Source:
 
     def __str__(self) -> str:
         lines = [f"{self.label} in {self.path.name}/: {len(self.tables)} tables"]
-        return "\n".join(lines + [f"  no {t}: {cost.removeprefix('no ' + t + ': ')}" for t, cost in self.missing.items()])
+        return "\n".join(
+            lines + [f"  no {t}: {cost.removeprefix('no ' + t + ': ')}" for t, cost in self.missing.items()]
+        )
 
 
 def open_source(path: str | Path) -> Source:
@@ -126,8 +145,10 @@ def open_source(path: str | Path) -> Source:
     SourceError if it is no folder, no layout that medsim knows, or lacks a required table or column.
     """
     path = Path(path)
-    if not path.exists(): raise SourceError(f"{path}: there is no such folder")
-    if not (path.is_dir() or _is_challenge(path)): raise SourceError(f"{path}: not a folder of tables; give the folder that holds them")
+    if not path.exists():
+        raise SourceError(f"{path}: there is no such folder")
+    if not (path.is_dir() or _is_challenge(path)):
+        raise SourceError(f"{path}: not a folder of tables; give the folder that holds them")
     found = find_tables(path) if path.is_dir() else {}
     kind = detect_kind(path, found)
     if kind is None:
@@ -144,9 +165,13 @@ def open_source(path: str | Path) -> Source:
 
 # %% ../../nbs/data/03_sources.ipynb #a30f5cf3
 def _is_open(path: Path, kind: str) -> bool:
-    if kind == "challenge2012": return True  # published under ODC-By
-    if not path.is_dir(): return False
-    notes = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".txt", ".md") and p.stat().st_size < 200_000]
+    if kind == "challenge2012":
+        return True  # published under ODC-By
+    if not path.is_dir():
+        return False
+    notes = [
+        p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".txt", ".md") and p.stat().st_size < 200_000
+    ]
     words = " ".join(p.read_text(errors="ignore").lower() for p in notes)
     return "open database license" in words or "synthetic cohort" in words
 

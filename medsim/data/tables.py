@@ -32,17 +32,20 @@ SUFFIXES = (".parquet", ".csv", ".csv.gz")
 def table_name(path: Path) -> str | None:
     "The lower-case table name of a file that can be read (`CHARTEVENTS.csv.gz` is `chartevents`), or None."
     for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix): return path.name.lower().removesuffix(suffix)
+        if path.name.lower().endswith(suffix):
+            return path.name.lower().removesuffix(suffix)
     return None
 
 # %% ../../nbs/data/02_tables.ipynb #5a0605d4
 def _header(path: Path) -> dict[str, str]:
     "Column names as written, each with its Parquet type (text for CSV)."
-    if path.suffix.lower() == ".parquet": return {f.name: str(f.type) for f in pq.read_schema(path)}
+    if path.suffix.lower() == ".parquet":
+        return {f.name: str(f.type) for f in pq.read_schema(path)}
     how = dict(mode="rt", newline="", encoding="utf-8-sig")  # a byte-order mark is no part of a name
     with gzip.open(path, **how) if path.suffix.lower() == ".gz" else path.open(**how) as f:  # type: ignore[call-overload]
         names = next(csv.reader(f), [])
-    if len(names) != len({n.lower() for n in names}): raise SourceError(f"{path.name}: a column name stands twice in the header")
+    if len(names) != len({n.lower() for n in names}):
+        raise SourceError(f"{path.name}: a column name stands twice in the header")
     return dict.fromkeys(names, "string")
 
 
@@ -62,13 +65,20 @@ class Table:
     @classmethod
     def open(cls, path: Path) -> "Table":
         "Read the header of `path`. SourceError if the file cannot be read or has no header."
-        try: types = _header(path)
-        except SourceError: raise
+        try:
+            types = _header(path)
+        except SourceError:
+            raise
         except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError, csv.Error, ValueError):
-            raise SourceError(f"{path.name}: the file is truncated or damaged, or not what its name says; copy it again") from None
+            raise SourceError(
+                f"{path.name}: the file is truncated or damaged, or not what its name says; copy it again"
+            ) from None
         except OSError as e:
-            raise SourceError(f"{path.name}: cannot be read ({e.strerror or 'input/output error'}); check its permissions") from None
-        if not types: raise SourceError(f"{path.name}: the file is empty, not even a header; copy it again or remove it")
+            raise SourceError(
+                f"{path.name}: cannot be read ({e.strerror or 'input/output error'}); check its permissions"
+            ) from None
+        if not types:
+            raise SourceError(f"{path.name}: the file is empty, not even a header; copy it again or remove it")
         if not any(re.fullmatch(r"[A-Za-z][A-Za-z0-9_ ]*", c) for c in types):
             raise SourceError(f"{path.name}: the first line is no header; the column names must stand there")
         return cls(table_name(path) or path.stem.lower(), path, types)
@@ -93,7 +103,10 @@ class Table:
             raise SourceError(f"{self.path.name}: required column {', '.join(absent)} missing (the file has {there})")
         wanted = {**required, **(optional or {})}
         if self.path.suffix.lower() == ".parquet":
-            chosen = (_cast(actual[c], c, t, self.types[actual[c]]) if c in actual else f"CAST(NULL AS {t}) AS {c}" for c, t in wanted.items())
+            chosen = (
+                _cast(actual[c], c, t, self.types[actual[c]]) if c in actual else f"CAST(NULL AS {t}) AS {c}"
+                for c, t in wanted.items()
+            )
             return f"(SELECT {', '.join(chosen)} FROM read_parquet({quoted(self.path)}))"
         types = ", ".join(f"{quoted(c.lower())}: '{wanted.get(c.lower(), 'VARCHAR')}'" for c in self.columns)
         chosen = (f'"{c}"' if c in actual else f"CAST(NULL AS {t}) AS {c}" for c, t in wanted.items())
@@ -106,7 +119,8 @@ class Table:
 def _cast(column: str, name: str, to: str, stored: str) -> str:
     "A Parquet column in the wanted type; text that is no number says so by the name of its column."
     cast = f'TRY_CAST("{column}" AS {to})' if "string" in stored and to != "VARCHAR" else f'CAST("{column}" AS {to})'
-    if not cast.startswith("TRY"): return f"{cast} AS {name}"
+    if not cast.startswith("TRY"):
+        return f"{cast} AS {name}"
     said = f"column {name} holds a value that is no {_PLAIN.get(to, to)}"
     return f"""CASE WHEN "{column}" IS NOT NULL AND {cast} IS NULL THEN error('medsim: {said}') ELSE {cast} END AS {name}"""
 
@@ -139,25 +153,31 @@ def run(con: duckdb.DuckDBPyConnection, jobs: list[Job], *, progress: bool = Fal
         while waiting and not failed:
             job = waiting.pop(0)
             running[n], done[n] = (job, finished), finished
-            try: cursors[n].execute(job.sql)
-            except BaseException as e: failed.append(_explain(e, job.table))
+            try:
+                cursors[n].execute(job.sql)
+            except BaseException as e:
+                failed.append(_explain(e, job.table))
             finished += job.size
             done[n] = finished
 
     running: dict[int, tuple[Job, float]] = {}
     threads = [Thread(target=work, args=(n,), daemon=True) for n in range(len(cursors))]
     with tqdm(total=sum(j.size for j in jobs), desc="reading", unit="B", unit_scale=True, disable=not progress) as bar:
-        for t in threads: t.start()
+        for t in threads:
+            t.start()
         try:
             while any(t.is_alive() for t in threads):
                 threads[0].join(0.1) if threads[0].is_alive() else threads[-1].join(0.1)
                 bar.update(max(0.0, sum(_so_far(cursors[n], *running[n], done[n]) for n in list(running)) - bar.n))
         except BaseException:
             failed.append(KeyboardInterrupt())
-            for c in cursors: c.interrupt()
-            for t in threads: t.join()
+            for c in cursors:
+                c.interrupt()
+            for t in threads:
+                t.join()
             raise
-    if failed: raise failed[0] from None
+    if failed:
+        raise failed[0] from None
 
 
 def _so_far(cursor: duckdb.DuckDBPyConnection, job: Job, before: float, done: float) -> float:
@@ -166,30 +186,38 @@ def _so_far(cursor: duckdb.DuckDBPyConnection, job: Job, before: float, done: fl
 # %% ../../nbs/data/02_tables.ipynb #0e07e3ff
 def _explain(e: BaseException, table: Table | None) -> BaseException:
     "A DuckDB error in our own words: file, line, column, never the content of a line."
-    if not isinstance(e, duckdb.Error): return e
+    if not isinstance(e, duckdb.Error):
+        return e
     text = str(e)
     file = re.search(r"([^/\\\s'\"]+\.(?:csv\.gz|csv|parquet))\b", text)
     where = table.path.name if table else file[1] if file else "the extraction"
     line = re.search(r"CSV Error on Line: (\d+)", text)
     at = f"{where}, line {line[1]}" if line else where
     head = text.split("Original Line:")[0]  # what follows quotes the patient's row
-    if m := re.search(r"medsim: (column \w+ holds a value that is no [a-z ]+)", text): return SourceError(f"{where}: {m[1]}; mend or remove the row")
+    if m := re.search(r"medsim: (column \w+ holds a value that is no [a-z ]+)", text):
+        return SourceError(f"{where}: {m[1]}; mend or remove the row")
     if m := re.search(r'Error when converting column "(\w+)".*? to \'?(\w+)', text, re.S):
-        return SourceError(f"{at}: column {m[1]} holds a value that is no {_PLAIN.get(m[2], m[2])}; mend or remove the row")
-    if isinstance(e, duckdb.ConversionException): return SourceError(f"{at}: a column holds a value of the wrong type; mend or remove the row")
+        return SourceError(
+            f"{at}: column {m[1]} holds a value that is no {_PLAIN.get(m[2], m[2])}; mend or remove the row"
+        )
+    if isinstance(e, duckdb.ConversionException):
+        return SourceError(f"{at}: a column holds a value of the wrong type; mend or remove the row")
     if re.search(r"No space left|max_temp_directory_size|could not write", head, re.I):
         return OSError(28, f"no space left on the disk while reading {where}: free some and run it again")
     if re.search(r"gzip|zlib|inflate", head, re.I) and not line:
         return SourceError(f"{where}: the compressed file is truncated or damaged; copy it again")
-    if line: return SourceError(f"{at}: the line is not well-formed CSV (columns, quotes or encoding); mend or remove it")
+    if line:
+        return SourceError(f"{at}: the line is not well-formed CSV (columns, quotes or encoding); mend or remove it")
     return SourceError(f"{at}: could not be read ({type(e).__name__})")
 
 
 @contextmanager
 def explaining(table: Table | None = None) -> Iterator[None]:
     "Turn any DuckDB error inside into a SourceError that quotes no data."
-    try: yield
-    except duckdb.Error as e: raise _explain(e, table) from None
+    try:
+        yield
+    except duckdb.Error as e:
+        raise _explain(e, table) from None
 
 # %% ../../nbs/data/02_tables.ipynb #cb326959
 def put(con: duckdb.DuckDBPyConnection, name: str, frame: pd.DataFrame) -> None:
@@ -202,4 +230,5 @@ def put(con: duckdb.DuckDBPyConnection, name: str, frame: pd.DataFrame) -> None:
 def count_rows(con: duckdb.DuckDBPyConnection, table: Table) -> int:
     "Rows of a table, as its reader sees them."
     first = table.columns[0].lower()
-    with explaining(table): return con.execute(f"SELECT count(*) FROM {table.read(**{first: 'VARCHAR'})}").fetchall()[0][0]
+    with explaining(table):
+        return con.execute(f"SELECT count(*) FROM {table.read(**{first: 'VARCHAR'})}").fetchall()[0][0]

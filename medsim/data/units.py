@@ -20,8 +20,10 @@ class Conversion:
 
     def __call__(self, value: float, weight_kg: float | None = None) -> float:
         "Convert a number (or an array); ValueError if it needs a body weight and gets none."
-        if self.weight_power == 0: return self.scale * value + self.offset
-        if weight_kg is None: raise ValueError("this conversion needs a body weight in kg")
+        if self.weight_power == 0:
+            return self.scale * value + self.offset
+        if weight_kg is None:
+            raise ValueError("this conversion needs a body weight in kg")
         return self.scale * value * weight_kg**self.weight_power + self.offset
 
 # %% ../../nbs/data/01_units.ipynb #350c21ec
@@ -60,18 +62,29 @@ _PAIRS = {
     ("1", "ratio"): (1, 0), ("ratio", "1"): (1, 0), ("mg/L", "ng/mL"): (1000, 0), ("min", "h"): (1 / 60, 0),
 }  # fmt: skip
 _MOLAR_MASS = dict(
-    creatinine=113.12, bilirubin_total=584.66, glucose=180.16, bun=28.01, calcium=40.08, ionised_calcium=40.08,
-    magnesium=24.31, phosphate=30.97, lactate=90.08,
+    creatinine=113.12,
+    bilirubin_total=584.66,
+    glucose=180.16,
+    bun=28.01,
+    calcium=40.08,
+    ionised_calcium=40.08,
+    magnesium=24.31,
+    phosphate=30.97,
+    lactate=90.08,
 )
 _MASS_MOLAR = {"mmol/L": 0.1, "umol/L": 0.0001}  # to mg/dL, times the molar mass
 
 
 def _concentration(variable: str, source: str, target: str) -> Conversion | None:
-    if (source, target) in _PAIRS: return Conversion(*_PAIRS[source, target])
+    if (source, target) in _PAIRS:
+        return Conversion(*_PAIRS[source, target])
     mass = _MOLAR_MASS.get(variable)
-    if mass is None: return None
-    if target == "mg/dL" and source in _MASS_MOLAR: return Conversion(_MASS_MOLAR[source] * mass)
-    if source == "mg/dL" and target in _MASS_MOLAR: return Conversion(1 / (_MASS_MOLAR[target] * mass))
+    if mass is None:
+        return None
+    if target == "mg/dL" and source in _MASS_MOLAR:
+        return Conversion(_MASS_MOLAR[source] * mass)
+    if source == "mg/dL" and target in _MASS_MOLAR:
+        return Conversion(1 / (_MASS_MOLAR[target] * mass))
     return None
 
 # %% ../../nbs/data/01_units.ipynb #ac36fd25
@@ -84,23 +97,27 @@ _PER_MINUTE = {"min": 1, "minute": 1, "hour": 1 / 60, "hours": 1 / 60, "hr": 1 /
 def _parse_rate(text: str) -> tuple[float, str, int] | None:
     "A rate unit as (factor to quantity per minute, quantity, 1 if per kg), or None."
     m = _RATE.match(re.sub(r"\s+", "", text.lower()))
-    if not m: return None
+    if not m:
+        return None
     factor, quantity = _AMOUNT[m[1]]
     return factor * _PER_MINUTE[m[3]], quantity, int(bool(m[2]))
 
 
 def _rate(source: str, target: str) -> Conversion | None:
     a, b = _parse_rate(source), _parse_rate(target)
-    if a is None or b is None or a[1] != b[1]: return None
+    if a is None or b is None or a[1] != b[1]:
+        return None
     return Conversion(a[0] / b[0], 0.0, a[2] - b[2])
 
 # %% ../../nbs/data/01_units.ipynb #516cef47
 def conversion(variable: str, source: str, target: str) -> Conversion:
     "How to bring `variable` from unit `source` to `target` (weight in kg where a rate is per kg). ValueError if unknown."
-    if source.strip() == target: return Conversion()
+    if source.strip() == target:
+        return Conversion()
     a, b = canonical_unit(source) or source, canonical_unit(target) or target
     found = Conversion() if a == b else _concentration(variable, a, b) or _rate(source, target)
-    if found is None: raise ValueError(f"{variable}: unit {source!r} cannot be turned into {target!r}; give the values in {target!r}")
+    if found is None:
+        raise ValueError(f"{variable}: unit {source!r} cannot be turned into {target!r}; give the values in {target!r}")
     return found
 
 # %% ../../nbs/data/01_units.ipynb #6674ec3e

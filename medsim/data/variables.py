@@ -15,7 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../../nbs/data/00_variables.ipynb #4b8c9cc6
-VOCABULARY_FILE = Path(__file__).parent / "variables.csv" if "__file__" in globals() else Path("../../medsim/data/variables.csv")
+VOCABULARY_FILE = (
+    Path(__file__).parent / "variables.csv" if "__file__" in globals() else Path("../../medsim/data/variables.csv")
+)
 INTERVENTIONS = ("vasopressor", "inotrope", "fluid", "procedure", "drug")  # groups that run over an interval
 SOURCE_COLUMNS = ("mimic", "carevue", "eicu", "challenge")
 
@@ -52,7 +54,8 @@ def parse_items(cell: str) -> list[tuple[str, str, str]]:
     "Read one source cell: `(table, item, note)` for each item. Raises ValueError for a cell that is not in the grammar."
     found = []
     for entry in filter(None, (e.strip() for e in cell.split(";"))):
-        if not (m := _ITEM.match(entry)): raise ValueError(f"cannot read the item {entry!r}: write table:item or table:item@note")
+        if not (m := _ITEM.match(entry)):
+            raise ValueError(f"cannot read the item {entry!r}: write table:item or table:item@note")
         found.append((m["table"] or "", m["item"].strip(), m["note"] or ""))
     return found
 
@@ -65,7 +68,9 @@ def _items() -> pd.DataFrame:
         for name, cell in _vocabulary()[column].items()
         for priority, item in enumerate(parse_items(cell))
     ]
-    tables = {name: "interventions" if group in INTERVENTIONS else "events" for name, group in _vocabulary().group.items()}
+    tables = {
+        name: "interventions" if group in INTERVENTIONS else "events" for name, group in _vocabulary().group.items()
+    }
     rows += [("tidy", name, table, name, "", 0) for name, table in tables.items()]  # a tidy table uses our own names
     return pd.DataFrame(rows, columns=["column", "variable", "table", "item", "note", "priority"])
 
@@ -73,6 +78,8 @@ def _items() -> pd.DataFrame:
 def items(*columns: str, table: str | None = None) -> pd.DataFrame:
     "Items of the source columns (all of them if none is named): `column, variable, table, item, note, priority`; one table of the source if named."
     found = _items()
-    if columns: found = found[found.column.isin(columns)]
-    if table is not None: found = found[found.table == table]
+    if columns:
+        found = found[found.column.isin(columns)]
+    if table is not None:
+        found = found[found.table == table]
     return found.reset_index(drop=True)
