@@ -32,7 +32,7 @@ from .windows import in_order_of_arrival
 def observation_windows(
     store: EventStore, cohort: Cohort, window_h: tuple[float, float] = (-24.0, 48.0)
 ) -> pd.DataFrame:
-    """The hours in which each stay of the cohort is looked at: a DataFrame sorted by stay_id, without stays that have none.
+    """The hours in which each stay of the cohort is looked at, sorted by stay_id; stays without any are left out.
 
     Columns stay_id, subject_id, onset_h, known_h, start_h, end_h, left (the patient left or died at end_h). ValueError
     for an empty cohort, a window that does not end after it starts, and stays that the store does not have.
