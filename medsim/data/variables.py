@@ -15,28 +15,30 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../../nbs/data/00_variables.ipynb #4b8c9cc6
-VOCABULARY_FILE = (
-    Path(__file__).parent / "variables.csv" if "__file__" in globals() else Path("../../medsim/data/variables.csv")
-)
+_HERE = Path(__file__).parent if "__file__" in globals() else Path("../../medsim/data")  # the second in the notebook
+VOCABULARY_FILE = _HERE / "variables.csv"
 INTERVENTIONS = ("vasopressor", "inotrope", "fluid", "procedure", "drug")  # groups that run over an interval
 SOURCE_COLUMNS = ("mimic", "carevue", "eicu", "challenge")
 
 # %% ../../nbs/data/00_variables.ipynb #9ec077e8
 @cache
 def _vocabulary() -> pd.DataFrame:
+    "The file as a table indexed by name, read once; blank text cells are empty strings."
     table = pd.read_csv(VOCABULARY_FILE, dtype={"loinc": str, **{c: str for c in SOURCE_COLUMNS}})
-    text = [c for c in table if c not in ("low", "high", "hold_h", "delay_h")]
+    text = [c for c in table.columns if c not in ("low", "high", "hold_h", "delay_h")]
     table[text] = table[text].fillna("")
-    return table.set_index("name", verify_integrity=True)
+    if not table.name.is_unique:
+        raise ValueError(f"{VOCABULARY_FILE.name}: a name is listed twice; keep one row a variable")
+    return table.set_index("name")
 
 
 def vocabulary() -> pd.DataFrame:
     "The table of clinical variables, one row a variable, indexed by name (a copy: change it as you like)."
     return _vocabulary().copy()
 
-# %% ../../nbs/data/00_variables.ipynb #d415c197
+# %% ../../nbs/data/00_variables.ipynb #7432bab3
 def check_variables(names: Iterable[str]) -> list[str]:
-    "The names as a list, or a ValueError that names the unknown ones and what was probably meant."
+    "The names as a list (one name too); ValueError with the unknown ones and what was probably meant."
     names = [names] if isinstance(names, str) else list(names)
     known = list(_vocabulary().index)
     unknown = [n for n in names if n not in known]
@@ -51,7 +53,7 @@ _ITEM = re.compile(r"^(?:(?P<table>[a-z_]+):)?(?P<item>[^@]+?)(?:@(?P<note>.+))?
 
 
 def parse_items(cell: str) -> list[tuple[str, str, str]]:
-    "Read one source cell: `(table, item, note)` for each item. Raises ValueError for a cell that is not in the grammar."
+    "Read one source cell: `(table, item, note)` for each item. ValueError for a cell that is not in the grammar."
     found = []
     for entry in filter(None, (e.strip() for e in cell.split(";"))):
         if not (m := _ITEM.match(entry)):
@@ -62,21 +64,22 @@ def parse_items(cell: str) -> list[tuple[str, str, str]]:
 # %% ../../nbs/data/00_variables.ipynb #aee83341
 @cache
 def _items() -> pd.DataFrame:
-    rows = [
-        (column, name, *item, priority)
-        for column in SOURCE_COLUMNS
-        for name, cell in _vocabulary()[column].items()
-        for priority, item in enumerate(parse_items(cell))
-    ]
-    tables = {
-        name: "interventions" if group in INTERVENTIONS else "events" for name, group in _vocabulary().group.items()
-    }
-    rows += [("tidy", name, table, name, "", 0) for name, table in tables.items()]  # a tidy table uses our own names
+    "One row an item: column, variable, table, item, note, priority (0 is best)."
+    rows: list[tuple] = []
+    for column in SOURCE_COLUMNS:
+        for variable, cell in _vocabulary()[column].items():
+            rows += [(column, variable, *item, priority) for priority, item in enumerate(parse_items(cell))]
+    for variable, group in _vocabulary().group.items():
+        table = "interventions" if group in INTERVENTIONS else "events"
+        rows.append(("tidy", variable, table, variable, "", 0))
     return pd.DataFrame(rows, columns=["column", "variable", "table", "item", "note", "priority"])
 
-
+# %% ../../nbs/data/00_variables.ipynb #78d06d83
 def items(*columns: str, table: str | None = None) -> pd.DataFrame:
-    "Items of the source columns (all of them if none is named): `column, variable, table, item, note, priority`; one table of the source if named."
+    """Items of the source columns (of all if none is named), of one table if named.
+
+    One row an item: `column, variable, table, item, note, priority`; an unknown column or table gives no row.
+    """
     found = _items()
     if columns:
         found = found[found.column.isin(columns)]
