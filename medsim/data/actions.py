@@ -40,6 +40,7 @@ class ActionSpec:
     discrete: ClassVar[bool]  # True: an action is one integer in 0..n-1; False: a vector of n numbers in [0, 1]
     n: ClassVar[int]  # number of actions, or of components
     names: ClassVar[tuple[str, ...]]  # of the n actions, or of the n components
+    labels: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]  # discrete: the rows and columns whose product is `names`
 
     def to_dict(self) -> dict[str, Any]:
         "The kind and the fields, ready for JSON."
@@ -132,7 +133,7 @@ class SepsisGrid(ActionSpec):
     units: tuple[str, str] = ("ug/kg/min NEE", "mL per step")
     discrete: ClassVar[bool] = True
     n: ClassVar[int] = 25
-    labels: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (_VASOPRESSOR, _FLUID)  # rows and columns
+    labels: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (_VASOPRESSOR, _FLUID)
     names: ClassVar[tuple[str, ...]] = _crossed(_VASOPRESSOR, _FLUID)
 
     def __post_init__(self) -> None:
@@ -197,7 +198,7 @@ class VentilationGrid(ActionSpec):
 
     discrete: ClassVar[bool] = True
     n: ClassVar[int] = 18
-    labels: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (_PEEP, _FIO2_TIDAL)  # rows and columns
+    labels: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (_PEEP, _FIO2_TIDAL)
     names: ClassVar[tuple[str, ...]] = _crossed(_PEEP, _FIO2_TIDAL)
 
     def encode(self, peep: Any, fio2: Any, tidal_ml_per_kg: Any) -> np.ndarray:

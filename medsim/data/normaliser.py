@@ -112,4 +112,5 @@ class Normaliser:
     def from_dict(cls, d: Mapping[str, Any]) -> "Normaliser":
         "The normaliser that `to_dict` described."
         none = {"low": -np.inf, "high": np.inf}
-        return cls(**{k: tuple(none[k] if x is None else x for x in v) for k, v in d.items()})
+        fields: dict[str, Any] = {k: tuple(none[k] if x is None else x for x in v) for k, v in d.items()}
+        return cls(**fields)
