@@ -26,7 +26,7 @@ class Conversion:
             raise ValueError("this conversion needs a body weight in kg")
         return self.scale * value * weight_kg**self.weight_power + self.offset
 
-# %% ../../nbs/data/01_units.ipynb #350c21ec
+# %% ../../nbs/data/01_units.ipynb #c48156d7
 SPELLINGS = {
     "/min": "bpm insp/min breaths/min /min per_minute beats/min",
     "mmHg": "mmhg mm_hg torr",
@@ -48,7 +48,7 @@ SPELLINGS = {
 }  # fmt: skip
 _BY_SPELLING = {s: unit for unit, spellings in SPELLINGS.items() for s in spellings.split()}
 
-
+# %% ../../nbs/data/01_units.ipynb #32af0b88
 def canonical_unit(text: str) -> str | None:
     "The unit that a charted spelling means, or None."
     return _BY_SPELLING.get(re.sub(r"\s+", "_", text.strip().lower()))
@@ -61,21 +61,17 @@ _PAIRS = {
     ("mmol/L", "mEq/L"): (1, 0), ("mEq/L", "mmol/L"): (1, 0), ("mg/L", "mg/dL"): (0.1, 0),
     ("1", "ratio"): (1, 0), ("ratio", "1"): (1, 0), ("mg/L", "ng/mL"): (1000, 0), ("min", "h"): (1 / 60, 0),
 }  # fmt: skip
-_MOLAR_MASS = dict(
-    creatinine=113.12,
-    bilirubin_total=584.66,
-    glucose=180.16,
-    bun=28.01,
-    calcium=40.08,
-    ionised_calcium=40.08,
-    magnesium=24.31,
-    phosphate=30.97,
-    lactate=90.08,
-)
+
+# %% ../../nbs/data/01_units.ipynb #ac36fd25
+_MOLAR_MASS = {
+    "creatinine": 113.12, "bilirubin_total": 584.66, "glucose": 180.16, "bun": 28.01, "lactate": 90.08,
+    "calcium": 40.08, "ionised_calcium": 40.08, "magnesium": 24.31, "phosphate": 30.97,
+}  # fmt: skip
 _MASS_MOLAR = {"mmol/L": 0.1, "umol/L": 0.0001}  # to mg/dL, times the molar mass
 
 
 def _concentration(variable: str, source: str, target: str) -> Conversion | None:
+    "From one canonical unit to another: a pair that always holds, or one through the molar mass; None if neither."
     if (source, target) in _PAIRS:
         return Conversion(*_PAIRS[source, target])
     mass = _MOLAR_MASS.get(variable)
@@ -87,10 +83,13 @@ def _concentration(variable: str, source: str, target: str) -> Conversion | None
         return Conversion(1 / (_MASS_MOLAR[target] * mass))
     return None
 
-# %% ../../nbs/data/01_units.ipynb #ac36fd25
+# %% ../../nbs/data/01_units.ipynb #6e808dca
 _RATE = re.compile(r"^(ng|mcg|ug|µg|mg|g|units?|u|meq|ml|l)/?(/?kg)?/?(min|minute|hours?|hr|h|day)$")
-_AMOUNT = {"ng": (1e-3, "ug"), "mcg": (1, "ug"), "ug": (1, "ug"), "µg": (1, "ug"), "mg": (1e3, "ug"), "g": (1e6, "ug"), "unit": (1, "units"),
-           "units": (1, "units"), "u": (1, "units"), "meq": (1, "mEq"), "ml": (1, "mL"), "l": (1e3, "mL")}  # fmt: skip
+_AMOUNT = {
+    "ng": (1e-3, "ug"), "mcg": (1.0, "ug"), "ug": (1.0, "ug"), "µg": (1.0, "ug"), "mg": (1e3, "ug"), "g": (1e6, "ug"),
+    "unit": (1.0, "units"), "units": (1.0, "units"), "u": (1.0, "units"), "meq": (1.0, "mEq"),
+    "ml": (1.0, "mL"), "l": (1e3, "mL"),
+}  # fmt: skip
 _PER_MINUTE = {"min": 1, "minute": 1, "hour": 1 / 60, "hours": 1 / 60, "hr": 1 / 60, "h": 1 / 60, "day": 1 / 1440}
 
 
@@ -102,8 +101,9 @@ def _parse_rate(text: str) -> tuple[float, str, int] | None:
     factor, quantity = _AMOUNT[m[1]]
     return factor * _PER_MINUTE[m[3]], quantity, int(bool(m[2]))
 
-
+# %% ../../nbs/data/01_units.ipynb #cc0a3b77
 def _rate(source: str, target: str) -> Conversion | None:
+    "From one dose rate to another; None if they count different things."
     a, b = _parse_rate(source), _parse_rate(target)
     if a is None or b is None or a[1] != b[1]:
         return None
@@ -111,7 +111,10 @@ def _rate(source: str, target: str) -> Conversion | None:
 
 # %% ../../nbs/data/01_units.ipynb #516cef47
 def conversion(variable: str, source: str, target: str) -> Conversion:
-    "How to bring `variable` from unit `source` to `target` (weight in kg where a rate is per kg). ValueError if unknown."
+    """How to bring `variable` from unit `source` to unit `target`; the weight, where a rate is per kg, is in kg.
+
+    ValueError names the variable and both units where no rule connects them.
+    """
     if source.strip() == target:
         return Conversion()
     a, b = canonical_unit(source) or source, canonical_unit(target) or target
