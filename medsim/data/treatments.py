@@ -32,11 +32,11 @@ KINDS = {
 
 
 def mean_rate(intervals: pd.DataFrame, windows: pd.DataFrame) -> np.ndarray:
-    "Overlap-weighted mean rate over each window, 0 over a window of no length: float (len(windows),)."
+    "Overlap-weighted mean rate over each window, rounded to 1e-6, 0 over a window of no length: float (len(windows),)."
     some = (windows.end_h > windows.start_h).to_numpy()
     out = np.zeros(len(windows))
     out[some] = window_mean_rate(intervals, windows[some])
-    return out
+    return out.round(6)
 
 # %% ../../nbs/data/13e_treatments.ipynb #359bbf90
 def mean_setting(records: pd.DataFrame, windows: pd.DataFrame, hold_h: float, *, nearest: bool) -> np.ndarray:

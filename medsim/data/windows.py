@@ -175,7 +175,8 @@ def window_mean_value(records: pd.DataFrame, windows: pd.DataFrame, *, hold_h: f
     spans = pd.DataFrame({"stay_id": r.stay_id, "start_h": r.time_h, "end_h": np.minimum(following, r.time_h + hold_h)})
     held = window_amount(spans.assign(rate=1.0), windows)
     total = window_amount(spans.assign(rate=r.value.astype(float)), windows)
-    return np.divide(total, held, out=np.full(len(windows), np.nan), where=held > 0)
+    mean = np.divide(total, held, out=np.full(len(windows), np.nan), where=held > 0)
+    return mean.round(9)  # a mean of values in [21, 100] stays in [21, 100]
 
 # %% ../../nbs/data/13c_windows.ipynb #b56d5a59
 def trailing_sum(
