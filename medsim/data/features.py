@@ -78,7 +78,8 @@ class WindowSum(Feature):
     def records(self) -> tuple[str, ...]: return (self.variable,)
 
     def value(self, known: Known) -> np.ndarray:
-        return trailing_sum(known.records(self.variable), known.moments, self.hours, clock=known.clock)
+        total = trailing_sum(known.records(self.variable), known.moments, self.hours, clock=known.clock)
+        return np.maximum(total, 0.0)  # irrigation fluid goes in before it comes out: a net loss is no negative urine
 
 # %% ../../nbs/data/14a_features.ipynb #5b67cea6
 @dataclass(frozen=True)
