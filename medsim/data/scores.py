@@ -156,7 +156,7 @@ def pressor_points(given: pd.DataFrame, *, count_all: bool = False) -> pd.DataFr
     if count_all:
         pooled = given.variable.isin(PRESSORS)
         drug = given.variable.astype(str)
-        weight = drug.map({name: nee(**{name: 1.0}) for name in PRESSORS}).fillna(1.0)
+        weight = drug.map({name: nee(**{name: 1.0}) for name in PRESSORS}).astype(float).fillna(1.0)
         given = given.assign(rate=given.rate * weight, variable=drug.mask(pooled, "norepinephrine"))
     runs = running_total(given[given.variable.isin(_NAMED)])
     rates = {drug: np.where(runs.variable == drug, runs.rate, 0.0) for drug in _NAMED}
@@ -240,6 +240,7 @@ SOFA_EVENTS = ("pao2", "fio2", "platelets", "bilirubin_total", "map", *GCS_EVENT
 def _scored(store: EventStore, events: pd.DataFrame, clock: str, untestable_gcs: str, support: str) -> dict:
     "Rows with points, by organ, of everything that is measured at a moment."
     by = {v: events.loc[events.variable == v, _TIMED] for v in ("platelets", "bilirubin_total", "map", "creatinine")}
+    by["map"] = by["map"][by["map"].value > 0]  # 0 mmHg is a line that is not connected
     pf, verbal = pf_ratio(events), events[(events.variable == "gcs_verbal") & (events.value == 1)]
     tube = verbal[ventilated_at(store, verbal, clock=clock)].assign(variable="gcs_untestable")
     gcs_events = events[events.variable.isin(GCS_EVENTS)].astype({"variable": str})
