@@ -33,7 +33,6 @@ def replicate(demo: Path, target: Path, copies: int) -> None:
     "Write `copies` copies of every table that extraction reads, ids shifted by a million a copy."
     target.mkdir(parents=True)
     con = duckdb.connect()
-    con.execute("SET preserve_insertion_order = true")
     for table in open_source(demo).tables.values():
         start = time.time()
         columns = [
@@ -41,10 +40,14 @@ def replicate(demo: Path, target: Path, copies: int) -> None:
             for c in table.columns
         ]
         read = f"read_csv('{table.path}', all_varchar=true, header=true, quote='\"', escape='\"')"
-        out = target / table.path.name
         con.execute(f"CREATE OR REPLACE TEMP TABLE one AS SELECT * FROM {read}")
-        con.execute(f"""COPY (SELECT {", ".join(columns)} FROM range({copies}) r(k), one)
-                        TO '{out}' (FORMAT csv, HEADER, COMPRESSION gzip)""")
+        out, part = target / table.path.name, target / "part.csv"
+        with out.open("wb") as whole:  # gzip members may follow each other in one file
+            for k in range(copies):
+                con.execute(f"""COPY (SELECT {", ".join(columns)} FROM (SELECT *, {k} AS k FROM one))
+                                TO '{part}' (FORMAT csv, HEADER {k == 0})""")
+                subprocess.run(["gzip", "-1", "-c", str(part)], stdout=whole, check=True)
+        part.unlink()
         print(f"  {table.path.name}: {out.stat().st_size / 1e6:.0f} MB, {time.time() - start:.0f} s", flush=True)
 
 
