@@ -139,7 +139,7 @@ def sirs_known(known: Known) -> np.ndarray:
 
 def ventilated_known(known: Known) -> np.ndarray:
     "1 where the evidence before the moment speaks for invasive ventilation, else 0: float (M,)."
-    return ventilated_at(known.store, known.moments.rename(columns={"at_h": "time_h"})).astype(float)
+    return ventilated_at(known.store, known.moments[["stay_id"]].assign(time_h=known.moments.at_h)).astype(float)
 
 
 def shock_index(known: Known) -> np.ndarray:

@@ -7,7 +7,7 @@ __all__ = ['SPECIMEN_ITEMS', 'BLOOD_GAS_ITEMS', 'stays_sql', 'chart_scan', 'lab_
            'input_scan', 'procedure_scan', 'carevue_scan', 'prescription_scan', 'history', 'scans']
 
 # %% ../../nbs/data/05_mimic.ipynb #8bb7f84d
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import duckdb
 import pandas as pd
@@ -16,234 +16,238 @@ from .antibiotics import antibiotic_items, is_antibiotic
 from .comorbidity import elixhauser_score
 from .sources import Scan, Source
 from .tables import Table, put
-from .variables import items
+from .variables import items, vocabulary
 
-# %% ../../nbs/data/05_mimic.ipynb #07b1aa49
+# %% ../../nbs/data/05_mimic.ipynb #b2fca6fd
 _DAY_US = 86_400_000_000
 
 
+def _key(source: Source) -> str:
+    "The column with the id of an ICU stay."
+    return "stay_id" if source.kind == "mimic4" else "icustay_id"
+
+
 def _age_sql(kind: str) -> str:
+    "SQL for the age in years at ICU admission, of patient p and stay i."
     if kind == "mimic4":
         return "p.anchor_age + year(i.intime) - p.anchor_year"
     years = "date_diff('day', p.dob, i.intime) / 365.25"
     return f"CASE WHEN {years} > 120 THEN 90 ELSE {years} END"
 
-
+# %% ../../nbs/data/05_mimic.ipynb #e34285c1
 def _once(read: str) -> str:
+    "SQL for the distinct rows of a table, with how often each was there."
     return f"(SELECT *, count(*) AS copies FROM {read} GROUP BY ALL)"
 
-
+# %% ../../nbs/data/05_mimic.ipynb #850b92e4
 def stays_sql(source: Source) -> str:
-    "SQL for one row a stay: ids, age, sex and times in microseconds."
-    tables, key = source.tables, "stay_id" if source.kind == "mimic4" else "icustay_id"
-    born = dict(anchor_age="DOUBLE", anchor_year="INTEGER") if source.kind == "mimic4" else dict(dob="TIMESTAMP")
-    icu = tables["icustays"].read({"first_careunit": "VARCHAR"}, **{key: "BIGINT"}, subject_id="BIGINT", hadm_id="BIGINT",
-                                  intime="TIMESTAMP", outtime="TIMESTAMP")  # fmt: skip
-    people = tables["patients"].read({"dod": "TIMESTAMP"}, subject_id="BIGINT", gender="VARCHAR", **born)
-    admitted = tables["admissions"].read(hadm_id="BIGINT", admittime="TIMESTAMP", dischtime="TIMESTAMP",
-                                         deathtime="TIMESTAMP", hospital_expire_flag="INTEGER")  # fmt: skip
+    "SQL for one row a stay: ids, age, sex and times in microseconds. SourceError if a column is missing."
+    key, iv = _key(source), source.kind == "mimic4"
+    icu = source.tables["icustays"].read(
+        {"first_careunit": "VARCHAR"},
+        **{key: "BIGINT"}, subject_id="BIGINT", hadm_id="BIGINT", intime="TIMESTAMP", outtime="TIMESTAMP")  # fmt: skip
+    born = dict(anchor_age="DOUBLE", anchor_year="INTEGER") if iv else dict(dob="TIMESTAMP")
+    people = source.tables["patients"].read({"dod": "TIMESTAMP"}, subject_id="BIGINT", gender="VARCHAR", **born)
+    admitted = source.tables["admissions"].read(
+        subject_id="BIGINT", hadm_id="BIGINT", admittime="TIMESTAMP", dischtime="TIMESTAMP", deathtime="TIMESTAMP",
+        hospital_expire_flag="INTEGER")  # fmt: skip
+    died = f"(SELECT subject_id, max(deathtime) AS deathtime FROM {admitted} GROUP BY subject_id)"
     return f"""
-        SELECT i.{key} AS stay_id, i.subject_id, i.hadm_id, p.subject_id IS NOT NULL AS has_patient, {_age_sql(source.kind)} AS age_years,
-               p.gender AS sex, epoch_us(i.intime) AS in_us, epoch_us(i.outtime) AS out_us,
-               epoch_us(coalesce(a.deathtime, p.dod + INTERVAL 1 DAY)) AS death_us, epoch_us(a.dischtime) AS hospital_out_us,
-               a.hospital_expire_flag = 1 AS hospital_death, i.first_careunit AS unit,
+        SELECT i.{key} AS stay_id, i.subject_id, i.hadm_id, p.subject_id IS NOT NULL AS has_patient,
+               {_age_sql(source.kind)} AS age_years, p.gender AS sex,
+               epoch_us(i.intime) AS in_us, epoch_us(i.outtime) AS out_us,
+               epoch_us(coalesce(d.deathtime, p.dod + INTERVAL 1 DAY)) AS death_us,
+               epoch_us(a.dischtime) AS hospital_out_us, a.hospital_expire_flag = 1 AS hospital_death,
+               i.first_careunit AS unit,
                row_number() OVER (PARTITION BY i.hadm_id ORDER BY i.intime) > 1 AS readmission,
                greatest(i.copies, p.copies, a.copies) - 1 AS repeated
-        FROM {_once(icu)} i LEFT JOIN {_once(people)} p USING (subject_id) LEFT JOIN {_once(admitted)} a USING (hadm_id)"""
+        FROM {_once(icu)} i LEFT JOIN {_once(people)} p USING (subject_id)
+        LEFT JOIN {_once(admitted)} a ON a.hadm_id = i.hadm_id LEFT JOIN {died} d ON d.subject_id = i.subject_id"""
 
-# %% ../../nbs/data/05_mimic.ipynb #b2fca6fd
-_TEXT = {"ventilator mode": (223849, 229314, 720), "text": (223900, 723, 226732, 467)}
+# %% ../../nbs/data/05_mimic.ipynb #a6771cfe
+def _columns(source: Source) -> str:
+    "Vocabulary columns of charted items; MIMIC-III has both charting systems."
+    return "mimic" if source.kind == "mimic4" else "mimic+carevue"
 
 
-def _ids(table: str, column: str) -> list[int]:
-    return sorted({int(i) for i in items(*column.split("+"), table=table).item if i.isdigit()})
+def _ids(table: str, columns: str, notes: Iterable[str] | None = None, group: str | None = None) -> list[int]:
+    "Item ids of a table; only those with one of the notes, or of a group of variables, if given."
+    known = items(*columns.split("+"), table=table)
+    known = known if notes is None else known[known.note.isin(list(notes))]
+    known = known if group is None else known[known.variable.map(vocabulary().group) == group]
+    return sorted({int(i) for i in known["item"] if i.isdigit()})
 
 
-def _in(ids: list[int]) -> str:
+def _in(ids: Iterable[int]) -> str:
+    "An SQL list."
     return f"({', '.join(map(str, ids))})"
 
-
-def _key(source: Source) -> str:
-    return "stay_id" if source.kind == "mimic4" else "icustay_id"
-
-
+# %% ../../nbs/data/05_mimic.ipynb #6e4788a4
 def chart_scan(source: Source, table: Table) -> Scan:
     "Charted values; `error` rows (MIMIC-III) are kept with the reason for leaving them out."
-    column = "mimic" if source.kind == "mimic4" else "mimic+carevue"
-    read = table.read({"error": "INTEGER", "storetime": "TIMESTAMP"}, subject_id="BIGINT", **{_key(source): "BIGINT"}, itemid="INTEGER",
-                      charttime="TIMESTAMP", value="VARCHAR", valuenum="DOUBLE", valueuom="VARCHAR")  # fmt: skip
-    texts = _in([i for ids in _TEXT.values() for i in ids])
-    return Scan(
-        "chartevents",
-        "events",
-        f"""
-        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(charttime) AS t, epoch_us(storetime) AS available, itemid AS item,
-               valuenum AS value, valueuom AS unit, CASE WHEN itemid IN {texts} THEN value END AS text,
-               CASE WHEN error = 1 THEN 'flagged as an error in the source' END AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE itemid IN {_in(_ids("chartevents", column))} AND (valuenum IS NOT NULL OR itemid IN {texts})""",
-        column,
-        "chartevents",
-    )
+    columns = _columns(source)
+    read = table.read(
+        {"error": "INTEGER", "storetime": "TIMESTAMP"},
+        subject_id="BIGINT", **{_key(source): "BIGINT"}, itemid="INTEGER", charttime="TIMESTAMP", value="VARCHAR",
+        valuenum="DOUBLE", valueuom="VARCHAR")  # fmt: skip
+    words = _in(_ids("chartevents", columns, notes=("text", "mode")))
+    bedside = _ids("chartevents", columns, notes=("bedside",))
+    copied = _in(i for i in _ids("chartevents", columns, group="lab") if i not in bedside)
+    sql = f"""
+        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(charttime) AS t, itemid AS item, valuenum AS value,
+               valueuom AS unit, CASE WHEN itemid IN {words} THEN value END AS text,
+               CASE WHEN itemid IN {copied} THEN epoch_us(storetime) END AS available,
+               CASE WHEN error = 1 THEN 'flagged as an error in the source' END AS excluded
+        FROM {read} WHERE itemid IN {_in(_ids("chartevents", columns))}
+                      AND (valuenum IS NOT NULL OR itemid IN {words})"""
+    return Scan("chartevents", "events", sql, columns, "chartevents")
 
-# %% ../../nbs/data/05_mimic.ipynb #e34285c1
+# %% ../../nbs/data/05_mimic.ipynb #adf90264
 SPECIMEN_ITEMS = (52033, 50800)
-BLOOD_GAS_ITEMS = (50821, 50818, 50820, 50802, 50817)
+BLOOD_GAS_ITEMS = (50821, 50818, 50820, 50802, 50817)  # pO2, pCO2, pH, base excess, oxygen saturation
 
 
 def lab_scan(source: Source, table: Table) -> Scan:
     "Laboratory values with draw time and, where recorded, result time."
-    read = table.read({"storetime": "TIMESTAMP", "specimen_id": "BIGINT"}, subject_id="BIGINT", itemid="INTEGER", charttime="TIMESTAMP",
-                      value="VARCHAR", valuenum="DOUBLE", valueuom="VARCHAR")  # fmt: skip
+    read = table.read(
+        {"storetime": "TIMESTAMP", "specimen_id": "BIGINT"},
+        subject_id="BIGINT", itemid="INTEGER", charttime="TIMESTAMP", value="VARCHAR", valuenum="DOUBLE",
+        valueuom="VARCHAR")  # fmt: skip
     specimen = "specimen_id" if source.kind == "mimic4" else "CAST(hash(subject_id, charttime) >> 1 AS BIGINT)"
-    return Scan(
-        "labevents",
-        "events",
-        f"""
-        SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, epoch_us(charttime) AS t, epoch_us(storetime) AS available, itemid AS item,
-               valuenum AS value, valueuom AS unit, CASE WHEN itemid IN {_in(list(SPECIMEN_ITEMS))} THEN value END AS text,
-               CAST(NULL AS VARCHAR) AS excluded,
-               CASE WHEN itemid IN {_in([*SPECIMEN_ITEMS, *BLOOD_GAS_ITEMS])} THEN {specimen} END AS specimen
-        FROM {read} WHERE itemid IN {_in([*_ids("labevents", "mimic"), *SPECIMEN_ITEMS])}
-          AND (valuenum IS NOT NULL OR itemid IN {_in(list(SPECIMEN_ITEMS))})""",
-        "mimic",
-        "labevents",
-        hospital=True,
-    )
+    is_specimen = f"itemid IN {_in(SPECIMEN_ITEMS)}"
+    sql = f"""
+        SELECT subject_id, epoch_us(charttime) AS t, epoch_us(storetime) AS available, itemid AS item,
+               valuenum AS value, valueuom AS unit, CASE WHEN {is_specimen} THEN value END AS text,
+               CASE WHEN itemid IN {_in((*SPECIMEN_ITEMS, *BLOOD_GAS_ITEMS))} THEN {specimen} END AS specimen
+        FROM {read} WHERE {is_specimen} OR (itemid IN {_in(_ids("labevents", "mimic"))} AND valuenum IS NOT NULL)"""
+    return Scan("labevents", "events", sql, "mimic", "labevents", hospital=True)
 
-
+# %% ../../nbs/data/05_mimic.ipynb #6a92bd36
 def output_scan(source: Source, table: Table) -> Scan:
-    "Urine as charted, in mL."
-    column = "mimic" if source.kind == "mimic4" else "mimic+carevue"
-    read = table.read({"iserror": "INTEGER"}, subject_id="BIGINT", **{_key(source): "BIGINT"}, itemid="INTEGER",
-                      charttime="TIMESTAMP", value="DOUBLE", valueuom="VARCHAR")  # fmt: skip
-    return Scan(
-        "outputevents",
-        "events",
-        f"""
-        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(charttime) AS t, CAST(NULL AS BIGINT) AS available, itemid AS item, value,
-               valueuom AS unit, CAST(NULL AS VARCHAR) AS text,
-               CASE WHEN iserror = 1 THEN 'flagged as an error in the source' END AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE itemid IN {_in(_ids("outputevents", column))} AND value IS NOT NULL""",
-        column,
-        "outputevents",
-    )
+    "Urine as charted, in mL; rows flagged as an error (MIMIC-III) keep the reason."
+    columns = _columns(source)
+    read = table.read(
+        {"iserror": "INTEGER"},
+        subject_id="BIGINT", **{_key(source): "BIGINT"}, itemid="INTEGER", charttime="TIMESTAMP", value="DOUBLE",
+        valueuom="VARCHAR")  # fmt: skip
+    sql = f"""
+        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(charttime) AS t, itemid AS item, value, valueuom AS unit,
+               CASE WHEN iserror = 1 THEN 'flagged as an error in the source' END AS excluded
+        FROM {read} WHERE itemid IN {_in(_ids("outputevents", columns))} AND value IS NOT NULL"""
+    return Scan("outputevents", "events", sql, columns, "outputevents")
 
-# %% ../../nbs/data/05_mimic.ipynb #850b92e4
+# %% ../../nbs/data/05_mimic.ipynb #9727efca
 def culture_scan(source: Source, table: Table) -> Scan:
     "One event a specimen sent to microbiology."
-    read = table.read({"charttime": "TIMESTAMP", "micro_specimen_id": "BIGINT"}, subject_id="BIGINT", chartdate="TIMESTAMP",
-                      spec_itemid="INTEGER")  # fmt: skip
-    return Scan(
-        "microbiologyevents",
-        "events",
-        f"""
-        SELECT DISTINCT subject_id, CAST(NULL AS BIGINT) AS stay_id, epoch_us(coalesce(charttime, chartdate)) AS t,
-               CASE WHEN charttime IS NULL THEN epoch_us(chartdate) + {_DAY_US} ELSE epoch_us(charttime) END AS available,
-               'any' AS item, 1.0 AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded,
-               CAST(NULL AS BIGINT) AS specimen
-        FROM {read}""",
-        "mimic",
-        "microbiologyevents",
-        hospital=True,
-        item_type="VARCHAR",
-    )
+    read = table.read(
+        {"charttime": "TIMESTAMP", "micro_specimen_id": "BIGINT"},
+        subject_id="BIGINT", chartdate="TIMESTAMP", spec_itemid="INTEGER")  # fmt: skip
+    sql = f"""
+        SELECT DISTINCT subject_id, epoch_us(coalesce(charttime, chartdate)) AS t, 'any' AS item, 1.0 AS value,
+               coalesce(epoch_us(charttime), epoch_us(chartdate) + {_DAY_US}) AS available
+        FROM {read}"""
+    return Scan("microbiologyevents", "events", sql, "mimic", "microbiologyevents", hospital=True, item_type="VARCHAR")
 
-# %% ../../nbs/data/05_mimic.ipynb #173a61dd
+# %% ../../nbs/data/05_mimic.ipynb #dff0f9a1
 _REWRITTEN = "CASE WHEN lower(statusdescription) = 'rewritten' THEN 'order rewritten' END"
+_NON_IV = "09-Antibiotics (Non IV)"  # order category of MetaVision
 
 
+def _metavision_antibiotics() -> tuple[list[int], list[int]]:
+    "Item ids of the antibiotics among the inputs; and of those that stay in the gut when not given into a vein."
+    known = antibiotic_items().query("source == 'metavision'")
+    absorbed = is_antibiotic(known.generic, pd.Series(_NON_IV, index=known.index)).to_numpy(bool)
+    return known.code.tolist(), known.code[~absorbed].tolist()
+
+# %% ../../nbs/data/05_mimic.ipynb #65ca9ffe
 def input_scan(source: Source, table: Table) -> Scan:
     "Infusions and boluses charted as intervals (MetaVision), antibiotics among them."
-    read = table.read({"statusdescription": "VARCHAR", "patientweight": "DOUBLE"}, subject_id="BIGINT", **{_key(source): "BIGINT"},
-                      starttime="TIMESTAMP", endtime="TIMESTAMP", itemid="INTEGER", amount="DOUBLE", amountuom="VARCHAR",
-                      rate="DOUBLE", rateuom="VARCHAR")  # fmt: skip
-    antibiotics = antibiotic_items().query("source == 'metavision'").code.tolist()
-    ids = sorted({*_ids("inputevents", "mimic"), *antibiotics})
-    return Scan(
-        table.name,
-        "intervals",
-        f"""
-        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(starttime) AS t0, epoch_us(endtime) AS t1, itemid AS item, rate,
-               rateuom AS rate_unit, amount, amountuom AS amount_unit, patientweight AS weight, {_REWRITTEN} AS excluded
-        FROM {read} WHERE itemid IN {_in(ids)}""",
-        "mimic",
-        "inputevents",
-        options=dict(flags={"antibiotic": antibiotics}),
-    )
+    read = table.read(
+        {"statusdescription": "VARCHAR", "ordercategoryname": "VARCHAR", "orderid": "BIGINT", "patientweight": "DOUBLE"},
+        subject_id="BIGINT", **{_key(source): "BIGINT"}, starttime="TIMESTAMP", endtime="TIMESTAMP", itemid="INTEGER",
+        amount="DOUBLE", amountuom="VARCHAR", rate="DOUBLE", rateuom="VARCHAR")  # fmt: skip
+    antibiotics, local = _metavision_antibiotics()
+    in_the_gut = f"itemid IN {_in(local)} AND ordercategoryname = '{_NON_IV}'"
+    sql = f"""
+        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(starttime) AS t0, epoch_us(endtime) AS t1,
+               itemid AS item, rate, rateuom AS rate_unit, amount, amountuom AS amount_unit,
+               patientweight AS weight, orderid AS order_id,
+               coalesce({_REWRITTEN}, CASE WHEN {in_the_gut} THEN 'antibiotic that stays in the gut' END) AS excluded
+        FROM {read} WHERE itemid IN {_in(sorted({*_ids("inputevents", "mimic"), *antibiotics}))}"""
+    flags = dict(flags={"antibiotic": antibiotics})
+    return Scan(table.name, "intervals", sql, "mimic", "inputevents", options=flags)
 
-
+# %% ../../nbs/data/05_mimic.ipynb #3903f84a
 def procedure_scan(source: Source, table: Table) -> Scan:
     "Ventilation intervals and extubations."
-    read = table.read({"statusdescription": "VARCHAR"}, subject_id="BIGINT", **{_key(source): "BIGINT"}, starttime="TIMESTAMP",
-                      endtime="TIMESTAMP", itemid="INTEGER")  # fmt: skip
-    return Scan(
-        table.name,
-        "intervals",
-        f"""
-        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(starttime) AS t0, epoch_us(endtime) AS t1, itemid AS item, 1.0 AS rate,
-               'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight, {_REWRITTEN} AS excluded
-        FROM {read} WHERE itemid IN {_in(_ids("procedureevents", "mimic"))}""",
-        "mimic",
-        "procedureevents",
-    )
+    read = table.read(
+        {"statusdescription": "VARCHAR"},
+        subject_id="BIGINT", **{_key(source): "BIGINT"}, starttime="TIMESTAMP", endtime="TIMESTAMP",
+        itemid="INTEGER")  # fmt: skip
+    sql = f"""
+        SELECT subject_id, {_key(source)} AS stay_id, epoch_us(starttime) AS t0, epoch_us(endtime) AS t1,
+               itemid AS item, 1.0 AS rate, {_REWRITTEN} AS excluded
+        FROM {read} WHERE itemid IN {_in(_ids("procedureevents", "mimic"))}"""
+    return Scan(table.name, "intervals", sql, "mimic", "procedureevents")
 
-# %% ../../nbs/data/05_mimic.ipynb #a6771cfe
+# %% ../../nbs/data/05_mimic.ipynb #4d10ea4f
 def carevue_scan(source: Source, table: Table) -> Scan:
     "Rates and volumes charted at a moment (CareVue)."
-    read = table.read({"stopped": "VARCHAR"}, subject_id="BIGINT", icustay_id="BIGINT", charttime="TIMESTAMP", itemid="INTEGER",
-                      amount="DOUBLE", amountuom="VARCHAR", rate="DOUBLE", rateuom="VARCHAR")  # fmt: skip
-    known = items("carevue", table="inputevents_cv")
-    fluid = known.variable.isin(("crystalloid", "colloid", "dextrose", "blood_product"))
-    volumes, drugs = sorted(known.item[fluid].astype(int)), sorted(known.item[~fluid].astype(int))
+    read = table.read(
+        {"stopped": "VARCHAR", "orderid": "BIGINT"},
+        subject_id="BIGINT", icustay_id="BIGINT", charttime="TIMESTAMP", itemid="INTEGER", amount="DOUBLE",
+        amountuom="VARCHAR", rate="DOUBLE", rateuom="VARCHAR")  # fmt: skip
+    fluids = _ids("inputevents_cv", "carevue", group="fluid")
+    drugs = [i for i in _ids("inputevents_cv", "carevue") if i not in fluids]
+    is_drug, is_fluid = f"itemid IN {_in(drugs)}", f"itemid IN {_in(fluids)}"
     stop = "stopped IN ('Stopped', 'D/C''d')"
-    return Scan("inputevents_cv", "rates", f"""
-        SELECT subject_id, icustay_id AS stay_id, epoch_us(charttime) AS t, itemid AS item,
-               CASE WHEN itemid NOT IN {_in(volumes)} THEN CASE WHEN {stop} THEN 0 ELSE rate END END AS rate, rateuom AS rate_unit,
-               CASE WHEN itemid IN {_in(volumes)} THEN amount END AS amount, amountuom AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
-               CAST(NULL AS VARCHAR) AS excluded
-        FROM {read} WHERE (itemid IN {_in(drugs)} AND (rate IS NOT NULL OR {stop})) OR (itemid IN {_in(volumes)} AND amount > 0)""",
-        "carevue", "inputevents_cv", options=dict(hold_h=4.0, spread_h=1.0))  # fmt: skip
+    sql = f"""
+        SELECT subject_id, icustay_id AS stay_id, epoch_us(charttime) AS t, itemid AS item, orderid AS order_id,
+               CASE WHEN {is_drug} THEN CASE WHEN {stop} THEN 0 ELSE rate END END AS rate, rateuom AS rate_unit,
+               CASE WHEN {is_fluid} THEN amount END AS amount, amountuom AS amount_unit
+        FROM {read} WHERE ({is_drug} AND (rate IS NOT NULL OR {stop})) OR ({is_fluid} AND amount > 0)"""
+    return Scan("inputevents_cv", "rates", sql, "carevue", "inputevents_cv", options=dict(hold_h=4.0, spread_h=1.0))
 
-# %% ../../nbs/data/05_mimic.ipynb #6e4788a4
+# %% ../../nbs/data/05_mimic.ipynb #bdf72975
 def prescription_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection) -> Scan:
-    "Orders of systemic antibiotics as intervals; an order without an end counts for a day."
+    "Orders of systemic antibiotics as intervals. Makes the table `antibiotic_names`."
     start, end = ("starttime", "stoptime") if table.has("starttime") else ("startdate", "enddate")
     read = table.read(
         {"route": "VARCHAR", "drug_type": "VARCHAR"},
-        subject_id="BIGINT",
-        drug="VARCHAR",
-        **{start: "TIMESTAMP", end: "TIMESTAMP"},
-    )
+        subject_id="BIGINT", drug="VARCHAR", **{start: "TIMESTAMP", end: "TIMESTAMP"})  # fmt: skip
     names = con.execute(f"SELECT DISTINCT drug, route FROM {read} WHERE drug IS NOT NULL").df()
     names = names[is_antibiotic(names.drug, names.route).to_numpy(bool)]
     put(con, "antibiotic_names", names.fillna({"route": ""}))
-    return Scan("prescriptions", "intervals", f"""
-        SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, epoch_us({start}) AS t0, coalesce(epoch_us({end}), epoch_us({start}) + {_DAY_US}) AS t1,
-               'antibiotic' AS item, CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit,
-               CAST(NULL AS DOUBLE) AS weight, CASE WHEN {start} IS NULL THEN 'no start time' END AS excluded
+    sql = f"""
+        SELECT subject_id, epoch_us({start}) AS t0, coalesce(epoch_us({end}), epoch_us({start}) + {_DAY_US}) AS t1,
+               'antibiotic' AS item, CASE WHEN {start} IS NULL THEN 'no start time' END AS excluded
         FROM {read} p JOIN antibiotic_names n ON p.drug = n.drug AND coalesce(p.route, '') = n.route
-        WHERE coalesce(upper(drug_type), 'MAIN') <> 'BASE'""", "mimic", "prescriptions", hospital=True, item_type="VARCHAR")  # fmt: skip
+        WHERE coalesce(upper(drug_type), 'MAIN') <> 'BASE'"""
+    return Scan("prescriptions", "intervals", sql, "mimic", "prescriptions", hospital=True, item_type="VARCHAR")
 
-# %% ../../nbs/data/05_mimic.ipynb #adf90264
+# %% ../../nbs/data/05_mimic.ipynb #3f7edb50
+def _earlier_codes(source: Source) -> str:
+    "SQL for the distinct diagnosis codes (id, code, version) that were on file when each stay began."
+    table = source.tables["diagnoses_icd"]
+    code, version = ("icd9_code", "9") if table.has("icd9_code") else ("icd_code", "d.icd_version")
+    read = table.read({} if version == "9" else {"icd_version": "INTEGER"}, hadm_id="BIGINT", **{code: "VARCHAR"})
+    admitted = source.tables["admissions"].read(subject_id="BIGINT", hadm_id="BIGINT", dischtime="TIMESTAMP")
+    return f"""
+        SELECT DISTINCT s.stay_id AS id, d.{code} AS code, {version} AS version FROM stays s
+        JOIN {admitted} a ON a.subject_id = s.subject_id AND a.hadm_id <> s.hadm_id AND epoch_us(a.dischtime) < s.in_us
+        JOIN {read} d ON d.hadm_id = a.hadm_id WHERE d.{code} IS NOT NULL ORDER BY ALL"""
+
+
 def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
-    "Add the Elixhauser score of earlier admissions' codes to the table `checked`; a stay without an earlier admission gets none."
+    "Add the Elixhauser score of earlier admissions to the table `checked`; a stay without an earlier one gets none."
     if "diagnoses_icd" not in source.tables:
         return
-    codes = source.tables["diagnoses_icd"]
-    old = codes.has("icd9_code")
-    code = "icd9_code" if old else "icd_code"
-    read = codes.read({} if old else {"icd_version": "INTEGER"}, hadm_id="BIGINT", **{code: "VARCHAR"})
-    admitted = source.tables["admissions"].read(subject_id="BIGINT", hadm_id="BIGINT", dischtime="TIMESTAMP")
-    known = con.execute(f"""
-        SELECT DISTINCT s.stay_id AS id, d.{code} AS code, {9 if old else "d.icd_version"} AS version
-        FROM stays s JOIN {admitted} a ON a.subject_id = s.subject_id AND a.hadm_id <> s.hadm_id AND epoch_us(a.dischtime) < s.in_us
-        JOIN {read} d ON d.hadm_id = a.hadm_id WHERE d.{code} IS NOT NULL ORDER BY ALL""").df()
+    known = con.execute(_earlier_codes(source)).df()
     put(con, "scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
-    con.execute(
-        """INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores"""
-    )
+    con.execute("""INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value,
+                   'diagnoses_icd:earlier admissions', NULL, false FROM scores""")
 
-# %% ../../nbs/data/05_mimic.ipynb #6a92bd36
+# %% ../../nbs/data/05_mimic.ipynb #bd6288dc
 _SCANS: dict[str, Callable[[Source, Table], Scan]] = {
     "chartevents": chart_scan, "labevents": lab_scan, "outputevents": output_scan, "microbiologyevents": culture_scan,
     "inputevents": input_scan, "inputevents_mv": input_scan, "inputevents_cv": carevue_scan,
@@ -252,7 +256,7 @@ _SCANS: dict[str, Callable[[Source, Table], Scan]] = {
 
 
 def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
-    "One scan a table."
+    "One scan a table. `con` reads the names of drugs."
     for name, make in _SCANS.items():
         if name in source.tables:
             yield make(source, source.tables[name])

@@ -8,7 +8,8 @@ __all__ = ['STORE_VERSION', 'COLUMNS', 'write_table', 'EventStore', 'write_prove
 # %% ../../nbs/data/08_store.ipynb #6c6ec93a
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from ..core.paths import atomic_folder
-from . import eicu, flat, meds, mimic
+from . import challenge, eicu, meds, mimic, tidy
 from .cleaning import clean_events, clean_intervals, prepare
-from .sources import SourceError, open_source
+from .sources import Source, SourceError, open_source
 from .tables import Job, explaining, quoted, run
 
 # %% ../../nbs/data/08_store.ipynb #ba5d9ae2
@@ -67,20 +68,24 @@ _WRONG = {  # rows that no reader may write, as SQL over the table
 }
 
 # %% ../../nbs/data/08_store.ipynb #0fa98dde
-def write_table(con: duckdb.DuckDBPyConnection, name: str, query: str, folder: Path) -> int:
-    "Write `query` as the Parquet table `name`, sorted and without repeated rows; return its row count. ValueError if a row breaks the contract."
-    columns = list(COLUMNS[name])
-    same = " AND ".join(f"{c} IS NOT DISTINCT FROM lag({c}) OVER ()" for c in columns)
-    path = folder / f"{name}.parquet"
-    con.execute(f"""COPY (SELECT {", ".join(columns)} FROM (SELECT *, {same} AND row_number() OVER () > 1 AS again
-        FROM (SELECT {", ".join(columns)} FROM ({query}) ORDER BY {", ".join(columns)})) WHERE NOT again)
+def write_table(con: duckdb.DuckDBPyConnection, name: str, query: str, folder: Path, *, apart: tuple[str, ...] = ()) -> int:
+    """Write `query` as the Parquet table `name`, sorted and without repeated rows; return its row count.
+
+    Rows that differ only in the columns `apart`, which are not written, are not the same row. ValueError for a row that breaks the contract.
+    """
+    columns, path = ", ".join(COLUMNS[name]), folder / f"{name}.parquet"
+    order = ", ".join((*COLUMNS[name], *apart))
+    same = " AND ".join(f"{c} IS NOT DISTINCT FROM lag({c}) OVER ()" for c in (*COLUMNS[name], *apart))
+    threads = con.execute("SELECT current_setting('threads')").fetchall()[0][0]
+    con.execute(f"CREATE OR REPLACE TABLE ready AS SELECT {order} FROM ({query}) ORDER BY {order}")
+    con.execute("SET threads = 1")  # several would cut the row groups elsewhere each time, and the bytes would differ
+    con.execute(f"""COPY (SELECT {columns} FROM (SELECT *, {same} AND row_number() OVER () > 1 AS again FROM ready) WHERE NOT again)
         TO {quoted(path)} (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880)""")
+    con.execute(f"SET threads = {threads}; DROP TABLE ready")
     for what, wrong in _WRONG[name].items():
         n = con.execute(f"SELECT count(*) FROM {quoted(path)} WHERE {wrong}").fetchall()[0][0]
         if n:
-            raise ValueError(
-                f"{name}: {n} row(s) with {what}; mend the source table or the reader before writing a store"
-            )
+            raise ValueError(f"{name}: {n} row(s) with {what}; mend the source table or the reader before writing a store")
     return pq.read_metadata(path).num_rows
 
 
@@ -175,33 +180,28 @@ def write_provenance(folder: Path, provenance: dict) -> None:
     (folder / "provenance.json").write_text(text + "\n")
 
 # %% ../../nbs/data/08_store.ipynb #c98e4225
+_NO_STAY = {  # what a stay cannot be, as SQL over the table of all stays
+    "NOT has_patient": "without a patient: the patient table does not list its subject; copy both from one release",
+    "out_us < in_us": "whose times run backwards, out before in: check the admission and discharge columns",
+    "stay_id IS NULL OR subject_id IS NULL": "without an id",
+    "stay_id IN (SELECT stay_id FROM all_stays GROUP BY 1 HAVING count(*) > 1)":
+        "listed more than once, with different contents: keep one row a stay, a patient and an admission",
+}  # fmt: skip
+
+
 def _make_stays(con: duckdb.DuckDBPyConnection, sql: str) -> dict[str, int]:
     "Fill the table `stays`; refuse stays that cannot be; return counts of those left out."
     con.execute(f"CREATE TABLE all_stays AS {sql}")
-    for wrong, what in (
-        (
-            "NOT has_patient",
-            "without a patient: the patient table does not list its subject; copy both tables from one release",
-        ),
-        (
-            "out_us < in_us",
-            "whose times run backwards: it ends before it starts; check the admission and discharge columns",
-        ),
-        ("stay_id IS NULL OR subject_id IS NULL", "without an id"),
-        (
-            "stay_id IN (SELECT stay_id FROM all_stays GROUP BY 1 HAVING count(*) > 1)",
-            "listed more than once, with different contents; keep one row a stay, a patient and an admission",
-        ),
-    ):
-        if n := con.execute(f"SELECT count(*) FROM all_stays WHERE {wrong}").fetchall()[0][0]:
-            raise SourceError(f"stays: {n} stay(s) {what}")
+    for wrong, what in _NO_STAY.items():
+        n = con.execute(f"SELECT count(*) FROM all_stays WHERE {wrong}").fetchall()[0][0]
+        if n: raise SourceError(f"stays: {n} stay(s) {what}")
     con.execute("CREATE TABLE stays AS SELECT * FROM all_stays WHERE out_us > in_us")
-    read, no_time, no_length = (
-        con.execute("""SELECT count(*), count_if(in_us IS NULL OR out_us IS NULL), count_if(out_us = in_us)
-                                              FROM all_stays""").fetchall()[0]
-    )
-    repeated = con.execute("SELECT coalesce(sum(repeated), 0) FROM all_stays").fetchall()[0][0]
-    return {"read": read, "no admission or discharge time": no_time, "no length": no_length, "repeated": int(repeated)}
+    names = ("read", "kept", "no admission or discharge time", "no length", "repeated")
+    counts = con.execute("""SELECT count(*), count_if(coalesce(out_us > in_us, false)), count_if(in_us IS NULL OR out_us IS NULL),
+        count_if(coalesce(out_us = in_us, false)), CAST(coalesce(sum(repeated), 0) AS BIGINT) FROM all_stays""").fetchall()[0]
+    account = dict(zip(names, counts, strict=True))
+    if not account["kept"]: raise SourceError(f"stays: none of {account['read']} has an admission and a later discharge")
+    return account
 
 
 _STAYS = """SELECT stay_id, subject_id, CAST(hadm_id AS BIGINT) AS hadm_id, CAST(age_years AS DOUBLE) AS age_years, CAST(sex AS VARCHAR) AS sex,
@@ -211,13 +211,13 @@ _STAYS = """SELECT stay_id, subject_id, CAST(hadm_id AS BIGINT) AS hadm_id, CAST
 # %% ../../nbs/data/08_store.ipynb #7cb21927
 def _write_kept(con: duckdb.DuckDBPyConnection, name: str, table: str, folder: Path) -> tuple[int, int]:
     "Write the kept rows of a checked table; return how many, and how many repeated rows were left out."
+    kept = f"FROM {table} WHERE reason IS NULL"
     for c in ("variable", "item"):
-        con.execute(
-            f"CREATE OR REPLACE TYPE {c}_{name} AS ENUM (SELECT DISTINCT {c} FROM {table} WHERE reason IS NULL ORDER BY 1)"
-        )
+        con.execute(f"CREATE OR REPLACE TYPE {c}_{name} AS ENUM (SELECT DISTINCT {c} {kept} ORDER BY 1)")
     enums = ", ".join(f"CAST({c} AS {c}_{name}) AS {c}" for c in ("variable", "item"))
-    written = write_table(con, name, f"SELECT * REPLACE ({enums}) FROM {table} WHERE reason IS NULL", folder)
-    return written, con.execute(f"SELECT count(*) FROM {table} WHERE reason IS NULL").fetchall()[0][0] - written
+    apart = ("order_id",) if name == "interventions" else ()  # two bags hung at one time are not one charted twice
+    written = write_table(con, name, f"SELECT * REPLACE ({enums}) {kept}", folder, apart=apart)
+    return written, con.execute(f"SELECT count(*) {kept}").fetchall()[0][0] - written
 
 
 def _count(con: duckdb.DuckDBPyConnection, table: str, what: str, where: str) -> dict[str, dict[str, int]]:
@@ -231,7 +231,45 @@ def _count(con: duckdb.DuckDBPyConnection, table: str, what: str, where: str) ->
     return out
 
 # %% ../../nbs/data/08_store.ipynb #475c643e
-_READERS = {"mimic3": mimic, "mimic4": mimic, "eicu": eicu, "meds": meds, "challenge2012": flat, "tidy": flat}
+_READERS = {"mimic3": mimic, "mimic4": mimic, "eicu": eicu, "meds": meds, "challenge2012": challenge, "tidy": tidy}
+
+
+def _account(con: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    "What was dropped and what was assumed, by variable."
+    lost = "reason IS NOT NULL"
+    return {
+        "dropped": {**_count(con, "checked", "reason", lost), **_count(con, "checked_intervals", "reason", lost)},
+        "assumed": {
+            "result time": _count(con, "checked", "'rows'", "assumed AND reason IS NULL"),
+            "weight": _count(con, "checked_intervals", "'rows'", "assumed AND reason IS NULL"),
+        },
+    }
+
+
+def _fill(con: duckdb.DuckDBPyConnection, source: Source, folder: Path, progress: bool) -> dict[str, Any]:
+    "Read, clean and write all tables of a source; return row counts and the account of losses."
+    reader = _READERS[source.kind]
+    if hasattr(reader, "prepare_source"): reader.prepare_source(source, con)
+    stays = _make_stays(con, reader.stays_sql(source))
+    prepare(con)
+    scans = list(reader.scans(source, con))
+    run(con, [Job(s.create_sql(f"raw_{n}"), source.tables.get(s.table)) for n, s in enumerate(scans)], progress=progress)
+    for n, scan in enumerate(scans):
+        (clean_events if scan.form == "events" else clean_intervals)(con, f"raw_{n}", scan)
+        con.execute(f"DROP TABLE raw_{n}")
+    reader.history(source, con)
+    rows, repeated = {"stays": write_table(con, "stays", _STAYS, folder)}, {}
+    for name, table in (("events", "checked"), ("interventions", "checked_intervals")):
+        rows[name], repeated[name] = _write_kept(con, name, table, folder)
+    return {"rows": rows, "account": {"stays": stays, "repeated": repeated, **_account(con)}}
+
+# %% ../../nbs/data/08_store.ipynb #0c2b2139
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try: yield
+    except (RuntimeError, duckdb.Error) as e:
+        if "interrupt" in str(e).lower(): raise KeyboardInterrupt from None
+        raise
 
 
 def extract(
@@ -239,47 +277,21 @@ def extract(
 ) -> EventStore:
     """Turn a folder of ICU records into an `EventStore` in the new folder `out`.
 
-    Each table is read once, out of core, within about `memory_gb`. The store is written whole or not at all: an error or Ctrl-C leaves nothing
-    behind. The same folder gives the same bytes. SourceError (a ValueError) names the file, column or line that is wrong.
+    Each table is read once, out of core, within about `memory_gb`. The store is written whole or not at all: an error or Ctrl-C leaves
+    nothing behind. The same folder gives the same bytes. SourceError (a ValueError) names the file, column or line that is wrong;
+    OSError a full disk.
     """
     source = open_source(path)
-    reader = _READERS[source.kind]
     with atomic_folder(Path(out)) as tmp:
         stage = tmp / "stage"
         stage.mkdir()
-        with duckdb.connect(stage / "work.duckdb") as con, explaining():
-            con.execute(
-                f"SET memory_limit = '{memory_gb}GB'; SET temp_directory = {quoted(stage)}; SET enable_progress_bar = false"
-            )
-            if threads:
-                con.execute(f"SET threads = {threads}")
-            if hasattr(reader, "prepare_source"):
-                reader.prepare_source(source, con)
-            account = {"stays": _make_stays(con, reader.stays_sql(source))}
-            prepare(con)
-            scans = list(reader.scans(source, con))
-            run(
-                con,
-                [Job(f"CREATE TABLE raw_{n} AS {s.sql}", source.tables.get(s.table)) for n, s in enumerate(scans)],
-                progress=progress,
-            )
-            for n, scan in enumerate(scans):
-                (clean_events if scan.form == "events" else clean_intervals)(con, f"raw_{n}", scan)
-                con.execute(f"DROP TABLE raw_{n}")
-            reader.history(source, con)
-            rows = {"stays": write_table(con, "stays", _STAYS, tmp)}
-            rows["events"], again = _write_kept(con, "events", "checked", tmp)
-            rows["interventions"], twice = _write_kept(con, "interventions", "checked_intervals", tmp)
-            account |= {
-                "dropped": {**_count(con, "checked", "reason", "reason IS NOT NULL"), **_count(con, "checked_intervals", "reason", "reason IS NOT NULL")},
-                "repeated": {"events": again, "interventions": twice},
-                "assumed": {"result time": _count(con, "checked", "'rows'", "assumed AND reason IS NULL"),
-                            "weight": _count(con, "checked_intervals", "'rows'", "assumed AND reason IS NULL")},
-            }  # fmt: skip
+        with explaining(), _interruptible(), duckdb.connect(stage / "work.duckdb") as con:
+            con.execute(f"SET memory_limit = '{memory_gb}GB'; SET temp_directory = {quoted(stage)}; SET enable_progress_bar = false")
+            if threads: con.execute(f"SET threads = {threads}")
+            filled = _fill(con, source, tmp, progress)
         shutil.rmtree(stage)
         files = {t.name: {"file": t.path.name, "bytes": t.path.stat().st_size} for t in source.tables.values()}
-        write_provenance(tmp, {
-            "source": {"kind": source.kind, "label": source.label, "folder": source.path.name, "files": files},
-            "missing": dict(source.missing), "open_data": source.open_data, "rows": rows, "account": account,
-        })  # fmt: skip
+        origin = {"kind": source.kind, "label": source.label, "folder": source.path.name, "files": files}
+        about = {"source": origin, "missing": dict(source.missing), "open_data": source.open_data}
+        write_provenance(tmp, {**about, **filled})
     return EventStore.open(out)
