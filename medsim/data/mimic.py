@@ -163,7 +163,8 @@ def _metavision_antibiotics() -> tuple[list[int], list[int]]:
 def input_scan(source: Source, table: Table) -> Scan:
     "Infusions and boluses charted as intervals (MetaVision), antibiotics among them."
     read = table.read(
-        {"statusdescription": "VARCHAR", "ordercategoryname": "VARCHAR", "orderid": "BIGINT", "patientweight": "DOUBLE"},
+        {"statusdescription": "VARCHAR", "ordercategoryname": "VARCHAR", "orderid": "BIGINT",
+         "patientweight": "DOUBLE"},
         subject_id="BIGINT", **{_key(source): "BIGINT"}, starttime="TIMESTAMP", endtime="TIMESTAMP", itemid="INTEGER",
         amount="DOUBLE", amountuom="VARCHAR", rate="DOUBLE", rateuom="VARCHAR")  # fmt: skip
     antibiotics, local = _metavision_antibiotics()
