@@ -237,8 +237,16 @@ def fit_normaliser(
     train: np.ndarray,  # (M,) bool
     log: Sequence[str] = (),
     clip: tuple[float, float] | None = (0.001, 0.999),  # quantiles of the training rows; None: no bounds
+    given: Normaliser | None = None,  # used instead
 ) -> Normaliser:
-    "A `Normaliser` fitted on the training rows; warns of features that they never have, which become a constant 0."
+    """A `Normaliser` fitted on the training rows; warns of features that they never have, which become a constant 0.
+
+    ValueError where the given one is for other features.
+    """
+    if given is not None:
+        if given.names != tuple(names):
+            raise ValueError(f"the normaliser is for {', '.join(given.names)}; the features are {', '.join(names)}")
+        return given
     rows = values[train]
     never = np.isnan(rows).all(axis=0)
     if never.any():
@@ -265,10 +273,7 @@ def lay_out(
     value, observed, age = seen
     n, stay = rows.n.to_numpy(), rows.groupby("stay_id").ngroup().to_numpy()
     names, log = tuple(f.name for f in features), [f.name for f in features if f.log]
-    if normaliser is None:
-        normaliser = fit_normaliser(value, names, (ids.fold == "train").to_numpy()[stay], log)
-    if normaliser.names != names:
-        raise ValueError(f"the normaliser is for {', '.join(normaliser.names)}; the features are {', '.join(names)}")
+    normaliser = fit_normaliser(value, names, (ids.fold == "train").to_numpy()[stay], log, given=normaliser)
     time_h = pad(rows.time_h.to_numpy(dtype=float), stay, n, 0.0)
     mask = pad(np.ones(len(n), dtype=bool), stay, n, False)
     observed = pad(observed, stay, n, False)

@@ -216,8 +216,8 @@ def decision_steps(
     train = grid.stay_id.isin(ids.stay_id[ids.fold == "train"]).to_numpy()
     if not train.any(): raise ValueError(f"none of {len(ids)} stays is in the training fold: change split or seed")
     known = states(store, grid, features, clock=clock, alignment=alignment)
-    if normaliser is None:
-        normaliser = fit_normaliser(known[0], columns(features), train, [f.name for f in features if f.log], clip)
+    logged = [f.name for f in features if f.log]
+    normaliser = fit_normaliser(known[0], columns(features), train, logged, clip, normaliser)
     acted = encode_actions(done, (grid.end_h - grid.start_h).to_numpy(), action, train)
     paid = pay(store, grid, reward, ids.died.fillna(False).to_numpy(dtype=bool))
     how = dict(step_h=step_h, window_h=list(window_h), action=kind, fluids=list(fluids), outcome=outcome, clock=clock)
