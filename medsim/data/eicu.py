@@ -4,289 +4,233 @@
 
 # %% auto #0
 __all__ = ['FLUID_LABELS', 'URINE_LABEL', 'NOT_URINE', 'stays_sql', 'lab_scan', 'respiratory_scan', 'nurse_scan', 'exam_scan',
-           'monitor_scan', 'body_scan', 'culture_scan', 'urine_scan', 'fluid_scan', 'infusion_scan', 'medication_scan',
+           'monitor_scan', 'body_scan', 'culture_scan', 'fluid_scan', 'urine_scan', 'infusion_scan', 'medication_scan',
            'treatment_scan', 'ventilator_scan', 'history', 'scans']
 
 # %% ../../nbs/data/06_eicu.ipynb #91e62969
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import duckdb
 
 from .antibiotics import is_antibiotic, is_antibiotic_treatment, name_items
 from .comorbidity import elixhauser_history, split_eicu_codes
 from .sources import Scan, Source
-from .tables import Table, put
+from .tables import Table, checked_cast, put, quoted
 from .variables import items
 
-# %% ../../nbs/data/06_eicu.ipynb #291bc217
+# %% ../../nbs/data/06_eicu.ipynb #ae62615b
 _US = 60_000_000  # microseconds a minute
 
 
+def _person_sql(file: str) -> str:
+    "SQL for the subject id: 002-53001 is 20053001; anything else is an error that names file and column."
+    hospital, person = (f"split_part(uniquepid, '-', {part})" for part in (1, 2))
+    parts = [checked_cast(p, "BIGINT", f"{file}: column uniquepid") for p in (hospital, person)]
+    return f"({parts[0]}) * 10000000 + ({parts[1]})"
+
+# %% ../../nbs/data/06_eicu.ipynb #a7b5e136
 def stays_sql(source: Source) -> str:
-    "SQL for one row a stay; time zero is the unit admission, so `in_us` is 0."
-    read = source.tables["patient"].read(
-        {"unittype": "VARCHAR", "unitvisitnumber": "INTEGER", "unitdischargestatus": "VARCHAR", "patienthealthsystemstayid": "BIGINT"},
+    "SQL for one row a stay: ids, age, sex and times in microseconds. SourceError if a column is missing."
+    table = source.tables["patient"]
+    read = table.read(
+        {"unittype": "VARCHAR", "unitvisitnumber": "INTEGER", "unitdischargestatus": "VARCHAR",
+         "patienthealthsystemstayid": "BIGINT"},
         patientunitstayid="BIGINT", uniquepid="VARCHAR", age="VARCHAR", gender="VARCHAR", unitdischargeoffset="BIGINT",
-        hospitaldischargeoffset="BIGINT", hospitaldischargestatus="VARCHAR",
-    )  # fmt: skip
-    person = "CAST(split_part(uniquepid, '-', 1) AS BIGINT) * 10000000 + CAST(split_part(uniquepid, '-', 2) AS BIGINT)"
+        hospitaldischargeoffset="BIGINT", hospitaldischargestatus="VARCHAR")  # fmt: skip
     return f"""
-        SELECT patientunitstayid AS stay_id, {person} AS subject_id, patienthealthsystemstayid AS hadm_id, uniquepid IS NOT NULL AS has_patient,
+        SELECT patientunitstayid AS stay_id, {_person_sql(table.path.name)} AS subject_id,
+               patienthealthsystemstayid AS hadm_id, uniquepid IS NOT NULL AS has_patient,
                CASE WHEN trim(age) = '> 89' THEN 90 ELSE TRY_CAST(age AS DOUBLE) END AS age_years,
-               CASE lower(gender) WHEN 'male' THEN 'M' WHEN 'female' THEN 'F' END AS sex, CAST(0 AS BIGINT) AS in_us, unitdischargeoffset * {_US} AS out_us,
-               CASE WHEN lower(unitdischargestatus) = 'expired' THEN unitdischargeoffset
-                    WHEN lower(hospitaldischargestatus) = 'expired' THEN hospitaldischargeoffset END * {_US} AS death_us,
-               hospitaldischargeoffset * {_US} AS hospital_out_us, lower(hospitaldischargestatus) = 'expired' AS hospital_death, unittype AS unit,
+               CASE lower(gender) WHEN 'male' THEN 'M' WHEN 'female' THEN 'F' END AS sex,
+               CAST(0 AS BIGINT) AS in_us, unitdischargeoffset * {_US} AS out_us,
+               {_US} * CASE WHEN lower(unitdischargestatus) = 'expired' THEN unitdischargeoffset
+                       WHEN lower(hospitaldischargestatus) = 'expired' THEN hospitaldischargeoffset END AS death_us,
+               hospitaldischargeoffset * {_US} AS hospital_out_us,
+               lower(hospitaldischargestatus) = 'expired' AS hospital_death, unittype AS unit,
                unitvisitnumber > 1 AS readmission, count(*) - 1 AS repeated
         FROM {read} GROUP BY ALL"""
 
-# %% ../../nbs/data/06_eicu.ipynb #ae62615b
+# %% ../../nbs/data/06_eicu.ipynb #e4dcb699
 _NUMBER = r"""TRY_CAST(regexp_extract({}, '^\s*([-+]?[0-9]*\.?[0-9]+)\s*%?\s*$', 1) AS DOUBLE)"""
 
 
-def _labelled(source: Source, table: Table, label: str, value: str, offset: str, unit: str | None = None, item: str | None = None,
-              where: str = "true") -> Scan:  # fmt: skip
-    read = table.read(
-        {unit: "VARCHAR"} if unit else {},
-        patientunitstayid="BIGINT",
-        **{label: "VARCHAR", value: "VARCHAR", offset: "BIGINT"},
-    )
-    names = sorted(set(items("eicu", table=table.name)["item"]))
-    quoted = ", ".join("'" + n.replace("'", "''") + "'" for n in names)
-    texts = "('O2 Device')"
-    return Scan(
-        table.name,
-        "events",
-        f"""
-        SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, {offset} * {_US} AS t, CAST(NULL AS BIGINT) AS available,
-               {item or label} AS item, {_NUMBER.format(value)} AS value, {unit or "''"} AS unit,
-               CASE WHEN {label} IN {texts} THEN {value} END AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE {where}) WHERE item IN ({quoted})""",
-        "eicu",
-        table.name,
-        item_type="VARCHAR",
-    )
+def _labelled(
+    table: Table, label: str, value: str, offset: str, unit: str | None = None, item: str | None = None
+) -> Scan:
+    "A scan of a table with these columns; `item`: SQL for the item, where it is not the label itself."
+    optional = {unit: "VARCHAR"} if unit else {}
+    read = table.read(optional, patientunitstayid="BIGINT", **{label: "VARCHAR", value: "VARCHAR", offset: "BIGINT"})
+    names = ", ".join(quoted(n) for n in sorted(set(items("eicu", table=table.name)["item"])))
+    sql = f"""
+        SELECT * FROM (
+            SELECT patientunitstayid AS stay_id, {offset} * {_US} AS t, {item or label} AS item,
+                   {_NUMBER.format(value)} AS value, {unit or "NULL"} AS unit,
+                   CASE WHEN {label} = 'O2 Device' THEN {value} END AS text
+            FROM {read}) WHERE item IN ({names})"""
+    return Scan(table.name, "events", sql, "eicu", table.name, item_type="VARCHAR")
 
-
+# %% ../../nbs/data/06_eicu.ipynb #18e12a75
 def lab_scan(source: Source, table: Table) -> Scan:
     "Laboratory values at draw time."
-    return _labelled(source, table, "labname", "labresult", "labresultoffset", "labmeasurenamesystem")
+    return _labelled(table, "labname", "labresult", "labresultoffset", "labmeasurenamesystem")
 
 
 def respiratory_scan(source: Source, table: Table) -> Scan:
     "FiO2, ventilator settings and oxygen devices."
-    return _labelled(source, table, "respchartvaluelabel", "respchartvalue", "respchartoffset")
+    return _labelled(table, "respchartvaluelabel", "respchartvalue", "respchartoffset")
 
 
 def nurse_scan(source: Source, table: Table) -> Scan:
     "Glasgow coma scale charted by nurses."
-    return _labelled(source, table, "nursingchartcelltypevalname", "nursingchartvalue", "nursingchartoffset")
+    return _labelled(table, "nursingchartcelltypevalname", "nursingchartvalue", "nursingchartoffset")
 
-
+# %% ../../nbs/data/06_eicu.ipynb #a3105fdb
 def exam_scan(source: Source, table: Table) -> Scan:
     "Glasgow coma scale in physicians' notes: the component or the total is in the path."
     path = "physicalexampath"
-    item = rf"""CASE WHEN {path} LIKE '%/GCS/Eyes Score/%' THEN 'gcs eye' WHEN {path} LIKE '%/GCS/Verbal Score/%' THEN 'gcs verbal'
-        WHEN {path} LIKE '%/GCS/Motor Score/%' THEN 'gcs motor' WHEN regexp_matches({path}, '/GCS/[0-9]+$') THEN 'gcs total' END"""
-    return _labelled(
-        source, table, path, "physicalexamvalue", "physicalexamoffset", item=item, where=f"{path} LIKE '%/GCS/%'"
-    )
+    parts = {"Eyes": "eye", "Verbal": "verbal", "Motor": "motor"}
+    cases = " ".join(f"WHEN {path} LIKE '%/GCS/{part} Score/%' THEN 'gcs {name}'" for part, name in parts.items())
+    item = f"CASE {cases} WHEN regexp_matches({path}, '/GCS/[0-9]+$') THEN 'gcs total' END"
+    return _labelled(table, path, "physicalexamvalue", "physicalexamoffset", item=item)
 
-# %% ../../nbs/data/06_eicu.ipynb #a7b5e136
+# %% ../../nbs/data/06_eicu.ipynb #a30fa723
+def _folded(read: str, names: Iterable[str], offset: str) -> str:
+    "SQL that turns the number columns `names` of a table into rows, without the empty cells."
+    said, columns = ", ".join(quoted(n) for n in names), ", ".join(names)
+    return f"""SELECT * FROM (SELECT patientunitstayid AS stay_id, {offset} * {_US} AS t, unnest([{said}]) AS item,
+                                     unnest([{columns}]) AS value FROM {read}) WHERE value IS NOT NULL"""
+
+
 def monitor_scan(source: Source, table: Table) -> Scan:
     "Monitor values and cuff pressures, folded from columns to rows."
     names = [c for c in sorted(set(items("eicu", table=table.name)["item"])) if table.has(c)]
     read = table.read(patientunitstayid="BIGINT", observationoffset="BIGINT", **dict.fromkeys(names, "DOUBLE"))
-    quoted = ", ".join(f"'{n}'" for n in names)
-    return Scan(
-        table.name,
-        "events",
-        f"""
-        SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, observationoffset * {_US} AS t,
-               CAST(NULL AS BIGINT) AS available, unnest([{quoted}]) AS item, unnest([{", ".join(names)}]) AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text,
-               CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen FROM {read}) WHERE value IS NOT NULL""",
-        "eicu",
-        table.name,
-        item_type="VARCHAR",
-    )
+    sql = _folded(read, names, "observationoffset")
+    return Scan(table.name, "events", sql, "eicu", table.name, item_type="VARCHAR")
 
 
 def body_scan(source: Source, table: Table) -> Scan:
     "Weight and height on admission."
-    read = table.read({"admissionweight": "VARCHAR", "admissionheight": "VARCHAR"}, patientunitstayid="BIGINT")
-    return Scan(
-        "patient",
-        "events",
-        f"""
-        SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, CAST(0 AS BIGINT) AS t, CAST(NULL AS BIGINT) AS available,
-               unnest(['admissionweight', 'admissionheight']) AS item,
-               unnest([TRY_CAST(admissionweight AS DOUBLE), TRY_CAST(admissionheight AS DOUBLE)]) AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text,
-               CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen FROM {read}) WHERE value > 0""",
-        "eicu",
-        "patient",
-        item_type="VARCHAR",
-    )
+    names = ("admissionweight", "admissionheight")
+    read = table.read(dict.fromkeys(names, "VARCHAR"), patientunitstayid="BIGINT")
+    numbers = ", ".join(f"nullif(greatest(TRY_CAST({n} AS DOUBLE), 0), 0) AS {n}" for n in names)
+    sql = _folded(f"(SELECT patientunitstayid, 0::BIGINT AS minute, {numbers} FROM {read})", names, "minute")
+    return Scan("patient", "events", sql, "eicu", "patient", item_type="VARCHAR")
 
-
+# %% ../../nbs/data/06_eicu.ipynb #434f5503
 def culture_scan(source: Source, table: Table) -> Scan:
-    "One event a culture taken."
-    read = table.read({"culturesite": "VARCHAR"}, patientunitstayid="BIGINT", culturetakenoffset="BIGINT")
-    return Scan(
-        "microlab",
-        "events",
-        f"""
-        SELECT DISTINCT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, culturetakenoffset * {_US} AS t, CAST(NULL AS BIGINT) AS available,
-               'any' AS item, 1.0 AS value, '' AS unit, CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded,
-               CAST(NULL AS BIGINT) AS specimen FROM {read}""",
-        "eicu",
-        "microlab",
-        item_type="VARCHAR",
-    )
+    "One event for each moment and stay at which cultures were taken."
+    read = table.read(patientunitstayid="BIGINT", culturetakenoffset="BIGINT")
+    sql = f"""SELECT DISTINCT patientunitstayid AS stay_id, culturetakenoffset * {_US} AS t, 'any' AS item, 1.0 AS value
+              FROM {read}"""
+    return Scan("microlab", "events", sql, "eicu", "microlab", item_type="VARCHAR")
 
-# %% ../../nbs/data/06_eicu.ipynb #e4dcb699
+# %% ../../nbs/data/06_eicu.ipynb #0583972c
 _HEAD = r"^(volume \(ml\)-)?\s*"
 FLUID_LABELS = {
-    "crystalloid": _HEAD + r"(ns\b|lr\b|1/2 ?ns|d5 ?(1/2|0?\.45)? ?ns|d5 ?lr|0?\.45 ?ns|normal saline|lactated ringer|plasma-?lyte|normosol|crystalloid|"
-                   r"(0\.9|0\.45) ?% *sodium chloride|sodium chloride|dextrose 5 ?%.{0,12}sodium chloride)",
+    "crystalloid": _HEAD + r"(ns\b|lr\b|1/2 ?ns|d5 ?(1/2|0?\.45)? ?ns|d5 ?lr|0?\.45 ?ns|normal saline|lactated ringer"
+                   r"|plasma-?lyte|normosol|crystalloid|(0\.9|0\.45) ?% *sodium chloride|sodium chloride"
+                   r"|dextrose 5 ?%.{0,12}sodium chloride)",
     "colloid": _HEAD + r"(25 ?%|5 ?%)? ?(albumin|hetastarch|hespan|hextend)",
     "dextrose": _HEAD + r"(d5w|d10w|dextrose (5|10) ?%( in water| infusion|$))",
     "blood_product": r"(\bprbc|packed|\bffp\b|fresh frozen|^platelet|cryo)",
 }  # fmt: skip
-URINE_LABEL = r"(urine|urethral|indwelling catheter|foley|voided)"
-NOT_URINE = r"(count|occurrence|unmeasured|irrigant)"
 
-# %% ../../nbs/data/06_eicu.ipynb #18e12a75
-def urine_scan(source: Source, table: Table) -> Scan:
-    "Urine volumes and body weights."
-    read = table.read(
-        patientunitstayid="BIGINT",
-        intakeoutputoffset="BIGINT",
-        cellpath="VARCHAR",
-        celllabel="VARCHAR",
-        cellvaluenumeric="DOUBLE",
-    )
-    urine = f"""cellpath LIKE '%Output (ml)%' AND regexp_matches(lower(celllabel), '{URINE_LABEL}') AND NOT regexp_matches(lower(celllabel), '{NOT_URINE}')"""
-    return Scan(
-        "intakeoutput",
-        "events",
-        f"""
-        SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, intakeoutputoffset * {_US} AS t, CAST(NULL AS BIGINT) AS available,
-               CASE WHEN celllabel = 'Bodyweight (kg)' THEN 'weight' ELSE 'urine' END AS item, cellvaluenumeric AS value, '' AS unit,
-               CAST(NULL AS VARCHAR) AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM {read} WHERE celllabel = 'Bodyweight (kg)' OR ({urine})""",
-        "eicu",
-        "intakeoutput",
-        item_type="VARCHAR",
-    )
+# %% ../../nbs/data/06_eicu.ipynb #099bc361
+def _intake_output(table: Table) -> str:
+    "SQL for the columns of intakeoutput."
+    return table.read(patientunitstayid="BIGINT", intakeoutputoffset="BIGINT", cellpath="VARCHAR", celllabel="VARCHAR",
+                      cellvaluenumeric="DOUBLE")  # fmt: skip
 
 
 def fluid_scan(source: Source, table: Table) -> Scan:
-    "Fluid volumes charted for the hour before."
-    read = table.read(
-        patientunitstayid="BIGINT",
-        intakeoutputoffset="BIGINT",
-        cellpath="VARCHAR",
-        celllabel="VARCHAR",
-        cellvaluenumeric="DOUBLE",
-    )
-    cases = " ".join(
-        f"WHEN regexp_matches(lower(celllabel), '{pattern}') THEN '{fluid}'" for fluid, pattern in FLUID_LABELS.items()
-    )
-    return Scan("intakeoutput", "rates", f"""
-        SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, intakeoutputoffset * {_US} AS t, CASE {cases} END AS item,
-               CAST(NULL AS DOUBLE) AS rate, '' AS rate_unit, cellvaluenumeric AS amount, 'mL' AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
-               CAST(NULL AS VARCHAR) AS excluded
-        FROM {read} WHERE cellpath LIKE '%Intake (ml)%' AND cellvaluenumeric > 0) WHERE item IS NOT NULL""", "eicu", "intakeoutput",
-        item_type="VARCHAR", options=dict(hold_h=12.0, spread_h=1.0))  # fmt: skip
+    "Fluid volumes, each spread over the hour before its charting."
+    says = "regexp_matches(lower(celllabel), {})"
+    cases = " ".join(f"WHEN {says.format(quoted(p))} THEN '{fluid}'" for fluid, p in FLUID_LABELS.items())
+    sql = f"""
+        SELECT * FROM (
+            SELECT patientunitstayid AS stay_id, intakeoutputoffset * {_US} AS t, CASE {cases} END AS item,
+                   cellvaluenumeric AS amount, 'mL' AS amount_unit, CAST(hash(celllabel) >> 1 AS BIGINT) AS order_id
+            FROM {_intake_output(table)} WHERE cellpath LIKE '%Intake (ml)%' AND cellvaluenumeric > 0)
+        WHERE item IS NOT NULL"""
+    hold = dict(hold_h=12.0, spread_h=1.0)
+    return Scan("intakeoutput", "rates", sql, "eicu", "intakeoutput", item_type="VARCHAR", options=hold)
 
-# %% ../../nbs/data/06_eicu.ipynb #a3105fdb
+# %% ../../nbs/data/06_eicu.ipynb #a6ad6366
+URINE_LABEL = r"(urine|urethral|indwelling catheter|foley|voided)"
+NOT_URINE = r"(count|occurrence|unmeasured|irrigant)"
+
+
+def urine_scan(source: Source, table: Table) -> Scan:
+    "Urine volumes (mL) and body weights (kg)."
+    says = "regexp_matches(lower(celllabel), '{}')"
+    urine = f"cellpath LIKE '%Output (ml)%' AND {says.format(URINE_LABEL)} AND NOT {says.format(NOT_URINE)}"
+    sql = f"""
+        SELECT patientunitstayid AS stay_id, intakeoutputoffset * {_US} AS t, cellvaluenumeric AS value,
+               CASE WHEN celllabel = 'Bodyweight (kg)' THEN 'weight' ELSE 'urine' END AS item
+        FROM {_intake_output(table)} WHERE celllabel = 'Bodyweight (kg)' OR ({urine})"""
+    return Scan("intakeoutput", "events", sql, "eicu", "intakeoutput", item_type="VARCHAR")
+
+# %% ../../nbs/data/06_eicu.ipynb #bed1879a
 def infusion_scan(source: Source, table: Table) -> Scan:
-    "Vasopressor and inotrope rates as charted; a rate that is no number (OFF) is a stop."
-    read = table.read(
-        {"patientweight": "DOUBLE"},
-        patientunitstayid="BIGINT",
-        infusionoffset="BIGINT",
-        drugname="VARCHAR",
-        drugrate="VARCHAR",
-    )
+    "Vasopressor and inotrope rates as charted."
+    read = table.read({"patientweight": "DOUBLE"}, patientunitstayid="BIGINT", infusionoffset="BIGINT",
+                      drugname="VARCHAR", drugrate="VARCHAR")  # fmt: skip
     known = sorted(set(items("eicu", table="infusiondrug")["item"]), key=lambda p: (p.startswith("epinephrine"), p))
     cases = " ".join(f"WHEN regexp_matches(lower(drugname), '{p}') THEN '{p}'" for p in known)
     unit = r"regexp_extract(drugname, '\(([^)]*)\)\s*$', 1)"
-    return Scan(
-        "infusiondrug",
-        "rates",
-        f"""
-        SELECT * FROM (SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, infusionoffset * {_US} AS t, CASE {cases} END AS item,
-               coalesce(TRY_CAST(drugrate AS DOUBLE), 0) AS rate, CASE WHEN {unit} = '' THEN 'none given' ELSE {unit} END AS rate_unit,
-               CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, patientweight AS weight, CAST(NULL AS VARCHAR) AS excluded
-        FROM {read}) WHERE item IS NOT NULL""",
-        "eicu",
-        "infusiondrug",
-        item_type="VARCHAR",
-        options=dict(hold_h=12.0, spread_h=1.0),
-    )
+    sql = f"""
+        SELECT * FROM (
+            SELECT patientunitstayid AS stay_id, infusionoffset * {_US} AS t, CASE {cases} END AS item,
+                   coalesce(TRY_CAST(drugrate AS DOUBLE), 0) AS rate,
+                   CASE WHEN {unit} = '' THEN 'none given' ELSE {unit} END AS rate_unit, patientweight AS weight
+            FROM {read}) WHERE item IS NOT NULL"""
+    hold = dict(hold_h=12.0, spread_h=1.0)
+    return Scan("infusiondrug", "rates", sql, "eicu", "infusiondrug", item_type="VARCHAR", options=hold)
 
-
+# %% ../../nbs/data/06_eicu.ipynb #105d11e6
 def medication_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection) -> Scan:
-    "Orders of systemic antibiotics; an order without an end counts for a day."
-    read = table.read({"routeadmin": "VARCHAR", "drugordercancelled": "VARCHAR", "drughiclseqno": "BIGINT"}, patientunitstayid="BIGINT",
-                      drugname="VARCHAR", drugstartoffset="BIGINT", drugstopoffset="BIGINT")  # fmt: skip
+    "Orders of systemic antibiotics as intervals. Makes the table `antibiotic_names`."
+    read = table.read(
+        {"routeadmin": "VARCHAR", "drugordercancelled": "VARCHAR", "drughiclseqno": "BIGINT"},
+        patientunitstayid="BIGINT", drugname="VARCHAR", drugstartoffset="BIGINT", drugstopoffset="BIGINT")  # fmt: skip
     names = con.execute(f"SELECT DISTINCT drugname, routeadmin, drughiclseqno FROM {read}").df()
-    said = names.drugname.astype("string").fillna(
-        name_items(names.drughiclseqno, "hicl")
-    )  # a third of the orders have only the code
+    said = names.drugname.astype("string").fillna(name_items(names.drughiclseqno, "hicl"))
     put(con, "antibiotic_names", names[is_antibiotic(said, names.routeadmin).to_numpy(bool)])
-    return Scan("medication", "intervals", f"""
-        SELECT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, drugstartoffset * {_US} AS t0,
-               CASE WHEN drugstopoffset IS NULL OR drugstopoffset = 0 THEN drugstartoffset + 1440 ELSE drugstopoffset END * {_US} AS t1,
-               'antibiotic' AS item, CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit,
-               CAST(NULL AS DOUBLE) AS weight, CASE WHEN lower(drugordercancelled) = 'yes' THEN 'order cancelled' END AS excluded
-        FROM {read} m JOIN antibiotic_names n ON m.drugname IS NOT DISTINCT FROM n.drugname
-          AND m.routeadmin IS NOT DISTINCT FROM n.routeadmin AND m.drughiclseqno IS NOT DISTINCT FROM n.drughiclseqno
-        WHERE drugstartoffset IS NOT NULL""",
-        "eicu", "medication", item_type="VARCHAR")  # fmt: skip
+    same = " AND ".join(f"m.{c} IS NOT DISTINCT FROM n.{c}" for c in names.columns)
+    sql = f"""
+        SELECT patientunitstayid AS stay_id, 'antibiotic' AS item, drugstartoffset * {_US} AS t0,
+               {_US} * CASE WHEN coalesce(drugstopoffset, 0) = 0 THEN drugstartoffset + 1440
+                       ELSE drugstopoffset END AS t1,
+               CASE WHEN lower(drugordercancelled) = 'yes' THEN 'order cancelled' END AS excluded
+        FROM {read} m JOIN antibiotic_names n ON {same} WHERE drugstartoffset IS NOT NULL"""
+    return Scan("medication", "intervals", sql, "eicu", "medication", item_type="VARCHAR")
 
-
+# %% ../../nbs/data/06_eicu.ipynb #f4bab29d
 def treatment_scan(source: Source, table: Table, con: duckdb.DuckDBPyConnection) -> Scan:
-    "Treatments noted by physicians: ventilation, cultures, antibiotics (an interval of a day from the note)."
+    "Treatments noted by physicians: ventilation, cultures, antibiotics. Makes the table `antibiotic_treatments`."
     read = table.read(patientunitstayid="BIGINT", treatmentoffset="BIGINT", treatmentstring="VARCHAR")
     names = con.execute(f"SELECT DISTINCT treatmentstring FROM {read}").df()
     put(con, "antibiotic_treatments", names[is_antibiotic_treatment(names.treatmentstring).to_numpy(bool)])
-    says = "lower(treatmentstring)"
-    return Scan(
-        "treatment",
-        "intervals",
-        f"""
-        SELECT * FROM (SELECT DISTINCT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, treatmentoffset * {_US} AS t0,
-               (treatmentoffset + 1440) * {_US} AS t1,
-               CASE WHEN {says} LIKE '%|mechanical ventilation%' THEN 'mechanical ventilation'
-                    WHEN {says} LIKE '%|non-invasive ventilation%' THEN 'non-invasive ventilation'
-                    WHEN {says} LIKE '%|cultures%' THEN 'cultures'
-                    WHEN treatmentstring IN (SELECT treatmentstring FROM antibiotic_treatments) THEN 'antibiotic' END AS item,
-               CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
-               CAST(NULL AS VARCHAR) AS excluded FROM {read}) WHERE item IS NOT NULL""",
-        "eicu",
-        "treatment",
-        item_type="VARCHAR",
-    )
+    says = "WHEN lower(treatmentstring) LIKE '%|{}%' THEN '{}'"
+    noted = ("mechanical ventilation", "non-invasive ventilation", "cultures")
+    sql = f"""
+        SELECT * FROM (
+            SELECT DISTINCT patientunitstayid AS stay_id, treatmentoffset * {_US} AS t0,
+                   (treatmentoffset + 1440) * {_US} AS t1, CASE {" ".join(says.format(n, n) for n in noted)}
+                   WHEN treatmentstring IN (FROM antibiotic_treatments) THEN 'antibiotic' END AS item
+            FROM {read}) WHERE item IS NOT NULL"""
+    return Scan("treatment", "intervals", sql, "eicu", "treatment", item_type="VARCHAR")
 
-
+# %% ../../nbs/data/06_eicu.ipynb #93a22cbb
 def ventilator_scan(source: Source, table: Table) -> Scan:
-    "Ventilation times where both ends are recorded; 0 means not recorded."
+    "Ventilation times where both ends are recorded."
     read = table.read(patientunitstayid="BIGINT", ventstartoffset="BIGINT", ventendoffset="BIGINT")
-    return Scan(
-        "respiratorycare",
-        "intervals",
-        f"""
-        SELECT DISTINCT CAST(NULL AS BIGINT) AS subject_id, patientunitstayid AS stay_id, ventstartoffset * {_US} AS t0, ventendoffset * {_US} AS t1,
-               'invasive' AS item, 1.0 AS rate, 'on' AS rate_unit, CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight,
-               CAST(NULL AS VARCHAR) AS excluded FROM {read} WHERE ventstartoffset <> 0 AND ventendoffset <> 0""",
-        "eicu",
-        "respiratorycare",
-        item_type="VARCHAR",
-    )
+    sql = f"""SELECT DISTINCT patientunitstayid AS stay_id, ventstartoffset * {_US} AS t0, ventendoffset * {_US} AS t1,
+                     'invasive' AS item, 1.0 AS rate FROM {read} WHERE ventstartoffset <> 0 AND ventendoffset <> 0"""
+    return Scan("respiratorycare", "intervals", sql, "eicu", "respiratorycare", item_type="VARCHAR")
 
-# %% ../../nbs/data/06_eicu.ipynb #a30fa723
+# %% ../../nbs/data/06_eicu.ipynb #e38b32fb
 def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     "Add the Elixhauser score, as it becomes known, to the table `checked`."
     if "diagnosis" not in source.tables:
@@ -297,19 +241,20 @@ def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     codes = split_eicu_codes(noted.icd9code)
     known = noted.loc[codes.index, ["id", "time_h"]].assign(code=codes.code, version=codes.version)
     put(con, "scores", elixhauser_history(known))
-    con.execute("""INSERT INTO checked SELECT x.id, x.time_h, x.time_h, 'elixhauser', x.elixhauser, 'diagnosis:so far', NULL, false
-                   FROM scores x JOIN stays s ON x.id = s.stay_id""")
+    con.execute("""INSERT INTO checked SELECT x.id, x.time_h, x.time_h, 'elixhauser', x.elixhauser, 'diagnosis:so far',
+                   NULL, false FROM scores x JOIN stays s ON x.id = s.stay_id""")
 
-
+# %% ../../nbs/data/06_eicu.ipynb #fcfe1100
 _SCANS: dict[str, tuple[Callable[[Source, Table], Scan], ...]] = {
     "patient": (body_scan,), "vitalperiodic": (monitor_scan,), "vitalaperiodic": (monitor_scan,), "lab": (lab_scan,),
-    "nursecharting": (nurse_scan,), "physicalexam": (exam_scan,), "respiratorycharting": (respiratory_scan,), "microlab": (culture_scan,),
-    "intakeoutput": (urine_scan, fluid_scan), "infusiondrug": (infusion_scan,), "respiratorycare": (ventilator_scan,),
+    "nursecharting": (nurse_scan,), "physicalexam": (exam_scan,), "respiratorycharting": (respiratory_scan,),
+    "microlab": (culture_scan,), "intakeoutput": (urine_scan, fluid_scan), "infusiondrug": (infusion_scan,),
+    "respiratorycare": (ventilator_scan,),
 }  # fmt: skip
 
 
 def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
-    "The scans of each table that is there."
+    "The scans of each table that is there. `con` reads the names of drugs and treatments."
     for name, makers in _SCANS.items():
         for make in makers if name in source.tables else ():
             yield make(source, source.tables[name])
