@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medsim.data.cleaning import ASSUMED_WEIGHT_KG, KEEP_H, assign_stays, rates_to_intervals
-from medsim.data.sources import Scan, open_source
+from medsim.data.sources import FORMS, Scan, open_source
 from medsim.data.store import EventStore, extract
 from medsim.data.units import SPELLINGS, conversion
 from medsim.data.variables import items, parse_items, vocabulary
@@ -344,9 +344,7 @@ def test_a_unit_in_any_spelling_is_the_same(pair, case, value):
     assert conversion("heart_rate", case(spelling.replace("_", " ")), unit)(value) == value
 
 
-RAW = "subject_id stay_id t item rate rate_unit amount amount_unit weight excluded".split()
-TYPES = dict(subject_id="BIGINT", stay_id="BIGINT", t="BIGINT", item="INTEGER", rate="DOUBLE", rate_unit="VARCHAR")
-TYPES |= dict(amount="DOUBLE", amount_unit="VARCHAR", weight="DOUBLE", excluded="VARCHAR")
+TYPES = {c: kind or "INTEGER" for c, kind in FORMS["rates"].items()}
 
 
 def load(con: duckdb.DuckDBPyConnection, name: str, rows: list[tuple], types: dict[str, str]) -> None:
@@ -363,25 +361,29 @@ charted = st.tuples(
 @given(st.lists(charted, max_size=25), st.sampled_from([1.0, 4.0, 12.0]), st.sampled_from([0.5, 1.0]))
 @settings(max_examples=40)
 def test_rates_charted_at_moments_never_overlap_and_never_hold_too_long(rows, hold_h, spread_h):
-    "A rate where the last number is given, else a volume."
-    raw = [
-        (1, stay, half * HOUR // 2, item, rate, "ug/min", None if rate is not None else 50.0, "mL", None, None)
-        for stay, half, item, rate in rows
-    ]
+    """A rate where the last number is given, else a volume.
+
+    No charting is lost: of two rates at one moment the lower one is there with its reason, to be counted."""
+    raw = []
+    for stay, half, item, rate in rows:
+        dose = dict(rate=rate, rate_unit="ug/min") if rate is not None else dict(amount=50.0, amount_unit="mL")
+        raw.append(dict(subject_id=1, stay_id=stay, t=half * HOUR // 2, item=item, order_id=len(raw), **dose))
     scan = Scan("t", "rates", "", "carevue", "t", options=dict(hold_h=hold_h, spread_h=spread_h))
     with duckdb.connect() as con:
-        load(con, "raw", raw, TYPES)
-        got = con.execute(
-            f"SELECT stay_id, item, t0, t1, rate, amount FROM {rates_to_intervals(con, 'raw', scan)}"
-        ).df()
-    rates, volumes = got[got.amount.isna()], got[got.amount.notna()]
+        load(con, "raw", [tuple(r.get(c) for c in TYPES) for r in raw], TYPES)
+        got = con.execute(f"SELECT * FROM {rates_to_intervals('raw', scan)}").df()
+    assert sorted(got.order_id) == [r["order_id"] for r in raw]
+    volumes, rates = got[got.amount.notna()], got[got.amount.isna() & got.excluded.isna()]
+    assert volumes.excluded.isna().all() and (volumes.t1 - volumes.t0 == spread_h * HOUR).all()
     assert ((rates.t1 - rates.t0 > 0) & (rates.t1 - rates.t0 <= hold_h * HOUR)).all()
     for _, one in rates.sort_values("t0").groupby(["stay_id", "item"]):
         assert (one.t1.to_numpy()[:-1] <= one.t0.to_numpy()[1:]).all()
-    assert {(r.stay_id, r.item, r.t0) for r in rates.itertuples()} == {
-        r[1:2] + r[3:4] + r[2:3] for r in raw if r[4] is not None
-    }
-    assert ((volumes.t1 - volumes.t0) == spread_h * HOUR).all() and len(volumes) == sum(r[4] is None for r in raw)
+    highest: dict[tuple, float] = {}
+    for r in raw:
+        if r.get("rate") is not None:
+            key = (r["stay_id"], r["item"], r["t"])
+            highest[key] = max(r["rate"], highest.get(key, 0))
+    assert {(r.stay_id, r.item, r.t0): r.rate for r in rates.itertuples()} == highest and len(rates) == len(highest)
 
 
 STAYS = dict(stay_id="BIGINT", subject_id="BIGINT", in_us="BIGINT", out_us="BIGINT")
@@ -411,9 +413,9 @@ def test_each_charted_row_has_at_most_one_stay(stays, events, random):
     with duckdb.connect() as con:
         load(con, "stays", placed, STAYS)
         load(con, "raw", raw, EVENT)
-        chart, lab = (Scan("t", "events", "", "mimic", "t", hospital=h) for h in (False, True))
         charted, drawn = (
-            con.execute(f"SELECT row, stay_id FROM ({assign_stays(con, 'raw', s)})").fetchall() for s in (chart, lab)
+            con.execute(f"SELECT row, stay_id FROM ({assign_stays(con, 'raw', 't', hospital)})").fetchall()
+            for hospital in (False, True)
         )
     assert sorted(row for row, _ in charted) == [r[3] for r in raw], "each row once"
     assert {pair for pair in charted if pair[1] is not None} <= near
