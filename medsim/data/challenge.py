@@ -66,9 +66,11 @@ def outcomes(path: Path) -> pd.DataFrame:
     files = sorted({*folder.glob("Outcomes-?.txt"), *folder.parent.glob("Outcomes-?.txt")})
     parts = []
     for file in files:
-        try: parts.append(pd.read_csv(file).astype(float))
-        except ValueError:
-            raise SourceError(f"{file.name}: holds a value that is no number; mend or remove the row") from None
+        read = pd.read_csv(file, dtype=str)
+        number = read.apply(pd.to_numeric, errors="coerce")
+        if wrong := [c for c in read if (number[c].isna() & read[c].notna()).any()]:
+            raise SourceError(f"{file.name}: column {', '.join(wrong)} holds a value that is no number; mend or remove the row")
+        parts.append(number.astype(float))
     columns = ["RecordID", "SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns, dtype=float)
 
