@@ -140,6 +140,11 @@ def test_urine_rates_neither_lose_nor_invent_volume(rows):
         assert (gaps >= 0.5 - 1e-9).all() and np.isclose((mine.value * gaps).sum() / 24, charted)
 
 
+def test_irrigation_is_no_negative_urine():
+    rates = urine_rate(frame([(1, 2, 2, "urine", 100, "a"), (1, 4, 4, "urine", -60, "a")], EVENTS))
+    assert rates.value.tolist() == [1200, 0]
+
+
 def test_short_gaps_are_carried_within_a_stay_only():
     gap, volume = carry_short_gaps(np.array([0.2, 0.6, 0.1]), np.array([5.0, 10, 7]), np.array([True, False, True]))
     assert np.allclose(gap, [0.2, 0.8, 0.1]) and np.allclose(volume, [5, 15, 7])

@@ -9,7 +9,7 @@ from made_up import EVENTS, INTERVENTIONS, MemoryStore, cohort, frame, futures, 
 
 from medsim.data.cohorts import Cohort
 from medsim.data.episodes import Episodes
-from medsim.data.features import MEDDREAMER_40, MEDGYM_6, SEPSIS_62, Cumulative, Derived, Last, Static
+from medsim.data.features import MEDDREAMER_40, MEDGYM_6, SEPSIS_62, Cumulative, Derived, Last, Static, WindowSum
 from medsim.data.normaliser import Normaliser
 from medsim.data.rewards import RaghuReward, SofaShapedReward, VentilationReward
 from medsim.data.sequences import IrregularSequences, grud_delta, observation_windows, pieces
@@ -193,6 +193,13 @@ def test_a_feature_that_nobody_has_is_a_constant_with_a_warning():
     with pytest.warns(UserWarning, match="never observed.*albumin"):
         e = decision_steps(STORE, COHORT, features=(*SMALL, Last("albumin", flag=True)))
     assert (e.obs[..., e.feature_names.index("albumin")] == 0).all()
+
+
+def test_a_log_feature_may_fall_below_zero():
+    events = STORE.all_events.assign(value=STORE.all_events.value.where(STORE.all_events.variable != "urine", -5.0))
+    store = MemoryStore(STORE.stays, events, STORE.all_interventions)
+    e = decision_steps(store, COHORT, features=(*SMALL, WindowSum("urine_output_4h", log=True)))
+    assert np.isfinite(e.obs).all()
 
 
 def test_stays_without_outcome_are_left_out_and_counted():

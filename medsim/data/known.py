@@ -52,7 +52,8 @@ def urine_rate(events: pd.DataFrame) -> pd.DataFrame:
     gap = (r.time_h - before.fillna(0.0)).to_numpy()
     gap, volume = carry_short_gaps(gap, r.value.to_numpy(dtype=float), before.isna().to_numpy())
     kept = gap >= MERGE_H - 1e-9
-    return r.assign(value=24 * volume / np.where(kept, gap, 1.0))[kept].reset_index(drop=True)
+    rate = np.maximum(24 * volume / np.where(kept, gap, 1.0), 0.0)  # irrigation is charted as negative urine
+    return r.assign(value=rate)[kept].reset_index(drop=True)
 
 # %% ../../nbs/data/13d_known.ipynb #c1233a6f
 @dataclass(frozen=True)

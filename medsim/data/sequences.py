@@ -254,6 +254,7 @@ def fit_normaliser(
         warnings.warn(f"never observed in the training stays, so a constant 0: {unseen}", stacklevel=3)
     rows = np.where(never, 0.0, rows)
     low, high = np.nanquantile(rows, clip, axis=0) if clip else np.zeros((2, len(names)))
+    low = np.where(np.isin(names, log), np.maximum(low, 0.0), low)
     some = [(n, a, b) for n, a, b in zip(names, low.tolist(), high.tolist(), strict=True) if a < b]
     some = [x for x in some if not x[0].endswith("_missing")]
     return Normaliser.fit(rows, names, None, {n: a for n, a, _ in some}, {n: b for n, _, b in some}, log)
