@@ -221,6 +221,6 @@ def decision_steps(
     acted = encode_actions(done, (grid.end_h - grid.start_h).to_numpy(), action, train)
     paid = pay(store, grid, reward, ids.died.fillna(False).to_numpy(dtype=bool))
     how = dict(step_h=step_h, window_h=list(window_h), action=kind, fluids=list(fluids), outcome=outcome, clock=clock)
-    how |= dict(alignment=alignment, reward=reward.to_dict(), split=list(split), seed=seed, left_out=left_out, clip=clip)
-    about = json.loads(json.dumps(described(cohort, store, features, **how)))
+    how |= dict(alignment=alignment, reward=reward.to_dict(), split=list(split), seed=seed, clip=clip)
+    about = json.loads(json.dumps(described(cohort, store, features, **how, left_out=left_out)))
     return assemble(grid, ids, features, known, acted, paid, reward.pays_outcome, normaliser, about)
