@@ -6,7 +6,7 @@
 __all__ = ['stays_sql', 'pair_infusions', 'scans', 'history']
 
 # %% ../../nbs/data/07_meds.ipynb #3438e3b1
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import duckdb
 
@@ -18,154 +18,187 @@ from .variables import items, vocabulary
 
 # %% ../../nbs/data/07_meds.ipynb #bfdf6205
 def _all(source: Source) -> str:
+    "SQL for all shards as one table."
     shards = ", ".join(quoted(p) for p in meds_shards(source.path))
     return f"read_parquet([{shards}], union_by_name=true)"
 
+# %% ../../nbs/data/07_meds.ipynb #75fefea9
+def _nth(source: Source, kind: str) -> str:
+    "SQL for the events of a kind, numbered within each subject."
+    return f"""(SELECT subject_id, epoch_us(time) AS t, code,
+                       row_number() OVER (PARTITION BY subject_id ORDER BY time, code) AS n
+                FROM {_all(source)} WHERE code LIKE '{kind}//%' OR code = '{kind}')"""
 
-def _optional(source: Source, con: duckdb.DuckDBPyConnection, column: str, kind: str) -> str:
-    names = {r[0] for r in con.execute(f"DESCRIBE SELECT * FROM {_all(source)}").fetchall()}
-    return column if column in names else f"CAST(NULL AS {kind})"
 
-# %% ../../nbs/data/07_meds.ipynb #dcd2e7ea
-# A death at midnight sharp is a date without a clock: it happened by the end of that day.
-_DEATH = "epoch_us(time) + CASE WHEN CAST(time AS TIME) = TIME '00:00:00' THEN 86400000000 ELSE 0 END"
+def _first(source: Source, code: str, value: str) -> str:
+    "SQL for the least `value` of each subject among the events with a code like `code`."
+    return f"(SELECT subject_id, min({value}) AS v FROM {_all(source)} WHERE code LIKE '{code}' GROUP BY 1)"
+
+# %% ../../nbs/data/07_meds.ipynb #33f00150
+_DAY_US = 86_400_000_000
+
+
+def _admissions(source: Source) -> str:
+    "SQL for the stays (subject_id, n, in_us, out_us, unit) with number, end and way out of their hospital admission."
+    return f"""
+        (WITH icu AS (SELECT a.subject_id, a.n, a.t AS in_us, d.t AS out_us, split_part(a.code, '//', 2) AS unit
+                      FROM {_nth(source, "ICU_ADMISSION")} a
+                      LEFT JOIN {_nth(source, "ICU_DISCHARGE")} d USING (subject_id, n)),
+              hospital AS (SELECT subject_id, a.n AS hadm, a.t AS admit_us, d.t AS leave_us, d.code AS how
+                           FROM {_nth(source, "HOSPITAL_ADMISSION")} a
+                           LEFT JOIN {_nth(source, "HOSPITAL_DISCHARGE")} d USING (subject_id, n))
+         SELECT i.*, max_by(h.hadm, h.admit_us) AS hadm, max_by(h.leave_us, h.admit_us) AS leave_us,
+                max_by(h.how, h.admit_us) AS how
+         FROM icu i LEFT JOIN hospital h ON h.subject_id = i.subject_id AND h.admit_us <= i.in_us + {_DAY_US}
+         GROUP BY ALL)"""
+
+# %% ../../nbs/data/07_meds.ipynb #84bbb7b0
+_DEATH = f"epoch_us(time) + CASE WHEN CAST(time AS TIME) = TIME '00:00:00' THEN {_DAY_US} ELSE 0 END"
 
 
 def stays_sql(source: Source) -> str:
-    "SQL for one row a stay, paired from the ICU_ADMISSION and ICU_DISCHARGE events."
-
-    def nth(prefix: str) -> str:
-        return f"""(SELECT subject_id, epoch_us(time) AS t, code, row_number() OVER (PARTITION BY subject_id ORDER BY time, code) AS n
-                    FROM {_all(source)} WHERE code LIKE '{prefix}//%' OR code = '{prefix}')"""
-
-    def first(code: str, value: str) -> str:
-        return f"(SELECT subject_id, min({value}) AS v FROM {_all(source)} WHERE {code} GROUP BY 1)"
-
+    "SQL for one row a stay: ids, age, sex and times in microseconds."
     return f"""
-        WITH icu AS (SELECT a.subject_id, a.n, a.t AS in_us, d.t AS out_us, split_part(a.code, '//', 2) AS unit
-                     FROM {nth("ICU_ADMISSION")} a LEFT JOIN {nth("ICU_DISCHARGE")} d USING (subject_id, n)),
-             hospital AS (SELECT subject_id, n, a.t AS admit_us, d.t AS leave_us, d.code AS how
-                          FROM {nth("HOSPITAL_ADMISSION")} a LEFT JOIN {nth("HOSPITAL_DISCHARGE")} d USING (subject_id, n)),
-             h AS (SELECT i.subject_id, i.n, max_by(h.n, h.admit_us) AS hadm, max_by(h.leave_us, h.admit_us) AS leave_us, max_by(h.how, h.admit_us) AS how
-                   FROM icu i JOIN hospital h ON h.subject_id = i.subject_id AND h.admit_us <= i.in_us + 86400000000 GROUP BY ALL)
-        SELECT i.subject_id * 100 + i.n AS stay_id, i.subject_id, i.subject_id * 100 + h.hadm AS hadm_id, b.v IS NOT NULL AS has_patient,
-               date_diff('year', b.v, make_timestamp(i.in_us)) AS age_years, split_part(g.v, '//', 2) AS sex, i.in_us, i.out_us, d.v AS death_us,
-               h.leave_us AS hospital_out_us, coalesce(h.how LIKE '%//DIED%' OR h.how LIKE '%//EXPIRED%' OR d.v <= h.leave_us + 86400000000, false) AS hospital_death,
-               i.unit, row_number() OVER (PARTITION BY i.subject_id, h.hadm ORDER BY i.in_us) > 1 AS readmission, 0 AS repeated
-        FROM icu i LEFT JOIN h USING (subject_id, n) LEFT JOIN {first("code = 'MEDS_BIRTH'", "time")} b ON b.subject_id = i.subject_id
-        LEFT JOIN {first("code LIKE 'GENDER//%'", "code")} g ON g.subject_id = i.subject_id
-        LEFT JOIN {first("code = 'MEDS_DEATH'", _DEATH)} d ON d.subject_id = i.subject_id"""
+        SELECT i.subject_id * 100 + i.n AS stay_id, i.subject_id, i.subject_id * 100 + i.hadm AS hadm_id,
+               b.v IS NOT NULL AS has_patient, date_diff('year', b.v, make_timestamp(i.in_us)) AS age_years,
+               split_part(g.v, '//', 2) AS sex, i.in_us, i.out_us, d.v AS death_us, i.leave_us AS hospital_out_us,
+               coalesce(i.how LIKE '%//DIED%' OR i.how LIKE '%//EXPIRED%' OR d.v <= i.leave_us + {_DAY_US}, false)
+                   AS hospital_death, i.unit,
+               row_number() OVER (PARTITION BY i.subject_id, i.hadm ORDER BY i.in_us) > 1 AS readmission, 0 AS repeated
+        FROM {_admissions(source)} i
+        LEFT JOIN {_first(source, "MEDS_BIRTH", "time")} b ON b.subject_id = i.subject_id
+        LEFT JOIN {_first(source, "GENDER//%", "code")} g ON g.subject_id = i.subject_id
+        LEFT JOIN {_first(source, "MEDS_DEATH", _DEATH)} d ON d.subject_id = i.subject_id"""
 
 # %% ../../nbs/data/07_meds.ipynb #a5a55c18
+def _optional(source: Source, con: duckdb.DuckDBPyConnection, column: str) -> str:
+    "The column, or a NULL text where no shard has it."
+    names = {r[0] for r in con.execute(f"DESCRIBE SELECT * FROM {_all(source)}").fetchall()}
+    return column if column in names else "CAST(NULL AS VARCHAR)"
+
+
 def _antibiotic_ids() -> list[int]:
+    "Item ids of the antibiotics among the infusions."
     return antibiotic_items().query("source == 'metavision'").code.tolist()
 
 
 def _stage(source: Source, con: duckdb.DuckDBPyConnection) -> None:
-    ids = sorted({i for i in items("mimic")["item"] if i.isdigit()} | {str(i) for i in _antibiotic_ids()})
-    text = _optional(source, con, "text_value", "VARCHAR")
+    "Make the table `meds_rows`: every event with an item of interest, and every medication."
+    ids = {i for i in items("mimic")["item"] if i.isdigit()} | {str(i) for i in _antibiotic_ids()}
     con.execute(f"""CREATE OR REPLACE TABLE meds_rows AS
-        SELECT subject_id, epoch_us(time) AS t, split_part(code, '//', 1) AS kind, code, part, try_cast(part AS INTEGER) AS item,
-               replace(split_part(code, '//' || part || '//', 2), 'UNK', '') AS unit, numeric_value AS value, text_value
-        FROM (SELECT subject_id, time, code, CAST(numeric_value AS DOUBLE) AS numeric_value, {text} AS text_value,
+        SELECT subject_id, epoch_us(time) AS t, split_part(code, '//', 1) AS kind, code,
+               try_cast(part AS INTEGER) AS item,
+               replace(split_part(code, '//' || part || '//', 2), 'UNK', '') AS unit, text,
+               CASE WHEN isnan(value) THEN NULL ELSE value END AS value
+        FROM (SELECT subject_id, time, code, CAST(numeric_value AS DOUBLE) AS value,
+                     {_optional(source, con, "text_value")} AS text,
                      regexp_extract(code, '//([0-9]+)(//|$)', 1) AS part FROM {_all(source)} WHERE time IS NOT NULL)
-        WHERE part IN ({", ".join(f"'{i}'" for i in ids)}) OR code LIKE 'MEDICATION//%'""")
+        WHERE part IN ({", ".join(map(quoted, sorted(ids)))}) OR code LIKE 'MEDICATION//%'""")
 
-
-def _events(table: str, where: str, hospital: bool) -> Scan:
+# %% ../../nbs/data/07_meds.ipynb #46d10ec2
+def _events(table: str, kind: str, hospital: bool) -> Scan:
+    "Values of a kind of code; only a code that says RESULT carries the time at which a value was known."
     ids = ", ".join(i for i in sorted(set(items("mimic", table=table)["item"])) if i.isdigit())
-    known = "CASE WHEN code LIKE 'LAB//RESULT//%' THEN t END" if table == "labevents" else "CAST(NULL AS BIGINT)"
-    return Scan(
-        table,
-        "events",
-        f"""
-        SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, t, {known} AS available, item, CAST(CAST(value AS FLOAT) AS VARCHAR)::DOUBLE AS value, unit,
-               text_value AS text, CAST(NULL AS VARCHAR) AS excluded, CAST(NULL AS BIGINT) AS specimen
-        FROM meds_rows WHERE item IN ({ids}) AND {where} AND value IS NOT NULL AND NOT isnan(value)""",
-        "mimic",
-        table,
-        hospital=hospital,
-    )
+    sql = f"""
+        SELECT subject_id, t, item, CAST(CAST(value AS FLOAT) AS VARCHAR)::DOUBLE AS value, unit, text,
+               CASE WHEN code LIKE 'LAB//RESULT//%' THEN t END AS available
+        FROM meds_rows WHERE item IN ({ids}) AND kind = '{kind}' AND value IS NOT NULL"""
+    return Scan(table, "events", sql, "mimic", table, hospital=hospital)
 
 # %% ../../nbs/data/07_meds.ipynb #a01b3dc8
-def _take(con: duckdb.DuckDBPyConnection, candidates: str) -> None:
-    "Pair starts and ends that are each other's best candidate, until none is left; `candidates` selects s, e, misfit."
+def _take(con: duckdb.DuckDBPyConnection, misfit: str, condition: str) -> None:
+    "Move pairs from `meds_s` and `meds_e` to `meds_pairs`, the least `misfit` first; `condition` tells candidates."
     while True:
-        con.execute(f"""CREATE OR REPLACE TABLE meds_new AS SELECT s, e FROM ({candidates})
-            QUALIFY row_number() OVER (PARTITION BY s ORDER BY misfit, e) = 1 AND row_number() OVER (PARTITION BY e ORDER BY misfit, s) = 1""")
-        if not con.execute("SELECT count(*) FROM meds_new").fetchall()[0][0]: return
+        con.execute(f"""CREATE OR REPLACE TABLE meds_new AS
+            SELECT s, e FROM (SELECT s.id AS s, e.id AS e, {misfit} AS misfit
+                              FROM meds_s s JOIN meds_e e USING (subject_id, item) WHERE {condition})
+            QUALIFY row_number() OVER (PARTITION BY s ORDER BY misfit, e) = 1
+                AND row_number() OVER (PARTITION BY e ORDER BY misfit, s) = 1""")
+        if not con.execute("SELECT count(*) FROM meds_new").fetchall()[0][0]:
+            return
         con.execute("INSERT INTO meds_pairs SELECT * FROM meds_new")
-        for side in ("s", "e"): con.execute(f"DELETE FROM meds_{side} WHERE id IN (SELECT {side} FROM meds_new)")
+        for side in ("s", "e"):
+            con.execute(f"DELETE FROM meds_{side} WHERE id IN (SELECT {side} FROM meds_new)")
 
 # %% ../../nbs/data/07_meds.ipynb #22c47a4f
-_MINUTE_US, _LONGEST_US = 60_000_000, 5 * 86_400_000_000  # a push lasts a minute; no infusion is charted over five days
+def _put_ends(con: duckdb.DuckDBPyConnection, side: str, kind: str) -> None:
+    "Make `meds_all_s` or `meds_all_e` (all starts or ends, numbered) and the copy from which pairs are taken."
+    con.execute(f"""CREATE OR REPLACE TABLE meds_all_{side} AS
+        SELECT row_number() OVER (ORDER BY subject_id, item, t, value) AS id, subject_id, item, t, value
+        FROM meds_rows WHERE code LIKE '{kind}//%'""")
+    con.execute(f"CREATE OR REPLACE TABLE meds_{side} AS SELECT * FROM meds_all_{side}")
+
+# %% ../../nbs/data/07_meds.ipynb #7161ee00
+_MINUTE_US, _LONGEST_US = 60_000_000, 5 * _DAY_US  # a push lasts a minute; no infusion is charted over five days
 
 
-def _fluid_ids() -> list[str]:
-    fluids = vocabulary().index[vocabulary().group == "fluid"]
-    return sorted(i for i in items("mimic", table="inputevents").query("variable in @fluids")["item"])
-
-
-def pair_infusions(con: duckdb.DuckDBPyConnection, start: str, end: str) -> None:
-    "Make the table `meds_intervals` (subject_id, item, t0, t1, rate, amount) from the starts and ends in `meds_rows`."
-    for side, kind in (("s", start), ("e", end)):
-        con.execute(f"""CREATE OR REPLACE TABLE meds_{side} AS SELECT row_number() OVER (ORDER BY subject_id, item, t, value) AS id,
-            subject_id, item, t, CASE WHEN isnan(value) THEN NULL ELSE value END AS value FROM meds_rows WHERE code LIKE '{kind}//%'""")
-        con.execute(f"CREATE OR REPLACE TABLE meds_all_{side} AS SELECT * FROM meds_{side}")
+def pair_infusions(con: duckdb.DuckDBPyConnection, start: str, end: str, name: str) -> None:
+    "Make the table `name` (subject_id, item, t0, t1, rate, amount) from the starts and ends in `meds_rows`."
+    _put_ends(con, "s", start)
+    _put_ends(con, "e", end)
     con.execute("CREATE OR REPLACE TABLE meds_pairs (s BIGINT, e BIGINT)")
-    both = "SELECT s.id AS s, e.id AS e, {} AS misfit FROM meds_s s JOIN meds_e e USING (subject_id, item) WHERE "
-    amount = "(s.value * (e.t - s.t) / 3.6e9)"
-    _take(con, both.format(f"abs({amount} / e.value - 1)") + f"""e.t > s.t AND e.t < s.t + {_LONGEST_US} AND s.value > 0 AND e.value > 0
-        AND item IN ({", ".join(_fluid_ids())}) AND abs({amount} / e.value - 1) < 0.01""")
-    _take(con, both.format("0") + f"s.value IS NULL AND e.t - s.t BETWEEN 0 AND {_MINUTE_US}")
+    known = items("mimic", table="inputevents")
+    fluids = known["item"][known.variable.map(vocabulary().group) == "fluid"].tolist()
+    misfit = "abs(s.value * (e.t - s.t) / 3.6e9 / e.value - 1)"
+    _take(con, misfit, f"""e.t > s.t AND e.t < s.t + {_LONGEST_US} AND s.value > 0 AND e.value > 0
+                           AND item IN ({", ".join(sorted(fluids))}) AND {misfit} < 0.01""")
+    _take(con, "0", f"s.value IS NULL AND e.t - s.t BETWEEN 0 AND {_MINUTE_US}")
     order = "SELECT *, row_number() OVER (PARTITION BY subject_id, item ORDER BY t, id) AS n FROM"
-    con.execute(f"""INSERT INTO meds_pairs SELECT s.id, e.id FROM ({order} meds_s) s JOIN ({order} meds_e) e USING (subject_id, item, n)""")
-    con.execute("""CREATE OR REPLACE TABLE meds_intervals AS SELECT s.subject_id, s.item, s.t AS t0, e.t AS t1, s.value AS rate, e.value AS amount
+    con.execute(f"""INSERT INTO meds_pairs SELECT s.id, e.id
+                    FROM ({order} meds_s) s JOIN ({order} meds_e) e USING (subject_id, item, n)""")
+    con.execute(f"""CREATE OR REPLACE TABLE {name} AS
+        SELECT s.subject_id, s.item, s.t AS t0, e.t AS t1, s.value AS rate, e.value AS amount
         FROM meds_all_s s LEFT JOIN meds_pairs p ON p.s = s.id LEFT JOIN meds_all_e e ON e.id = p.e""")
 
 # %% ../../nbs/data/07_meds.ipynb #a46b03c2
-def _intervals(con: duckdb.DuckDBPyConnection, table: str, start: str, end: str, rate: str, unit: str, flags: dict) -> Scan:
-    pair_infusions(con, start, end)
-    con.execute(f"CREATE OR REPLACE TABLE meds_{table} AS SELECT * FROM meds_intervals")
-    ids = {i for i in items("mimic", table=table)["item"] if i.isdigit()} | {str(i) for more in flags.values() for i in more}
-    return Scan(table, "intervals", f"""
-        SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, t0, t1, item, {rate} AS rate, '{unit}' AS rate_unit, amount, '' AS amount_unit,
-               CAST(NULL AS DOUBLE) AS weight, CASE WHEN t1 IS NULL THEN 'no end' END AS excluded
-        FROM meds_{table} WHERE item IN ({", ".join(sorted(ids))})""", "mimic", table, options=dict(flags=flags))
+def _intervals(
+    con: duckdb.DuckDBPyConnection, table: str, kinds: tuple[str, str], flags: Mapping[str, list[int]]
+) -> Scan:
+    "Intervals of a table's items, and of those in `flags`; a procedure has the rate 1 (on)."
+    pair_infusions(con, *kinds, f"meds_{table}")
+    ids = {i for i in items("mimic", table=table)["item"] if i.isdigit()}
+    ids |= {str(i) for more in flags.values() for i in more}
+    rate = "1.0" if table == "procedureevents" else "rate"
+    sql = f"""SELECT subject_id, t0, t1, item, {rate} AS rate, amount,
+                     CASE WHEN t1 IS NULL THEN 'no end' END AS excluded
+              FROM meds_{table} WHERE item IN ({", ".join(sorted(ids))})"""
+    return Scan(table, "intervals", sql, "mimic", table, options=dict(flags=flags))
 
 # %% ../../nbs/data/07_meds.ipynb #1d3fd97e
-_GIVEN = "(code LIKE 'MEDICATION//START//%' OR (status ILIKE '%administered%' OR status ILIKE '%started%') AND NOT status ILIKE '%not %')"
+_GIVEN = "(status ILIKE '%administered%' OR status ILIKE '%started%') AND NOT status ILIKE '%not %'"
 
 
 def _medications(con: duckdb.DuckDBPyConnection) -> Scan:
-    names = con.execute(f"""SELECT DISTINCT code, drug FROM (SELECT code, split_part(code, '//', 3) AS status,
-        CASE WHEN split_part(code, '//', 2) IN ('START', 'STOP') THEN split_part(code, '//', 3) ELSE split_part(code, '//', 2) END AS drug
-        FROM meds_rows WHERE code LIKE 'MEDICATION//%') WHERE {_GIVEN}""").df()
+    "Systemic antibiotics among the medication codes. Makes the table `antibiotic_codes`."
+    names = con.execute(f"""
+        SELECT code, word = 'START' OR ({_GIVEN}) AS given, CASE word WHEN 'START' THEN status ELSE word END AS drug
+        FROM (SELECT DISTINCT code, split_part(code, '//', 2) AS word, split_part(code, '//', 3) AS status
+              FROM meds_rows WHERE code LIKE 'MEDICATION//%' AND code NOT LIKE 'MEDICATION//STOP//%')""").df()
     put(con, "antibiotic_codes", names[is_antibiotic(names.drug).to_numpy(bool)])
-    return Scan("prescriptions", "intervals", """
-        SELECT subject_id, CAST(NULL AS BIGINT) AS stay_id, t AS t0, t + 86400000000 AS t1, 'antibiotic' AS item, CAST(NULL AS DOUBLE) AS rate, 'on' AS rate_unit,
-               CAST(NULL AS DOUBLE) AS amount, '' AS amount_unit, CAST(NULL AS DOUBLE) AS weight, CAST(NULL AS VARCHAR) AS excluded
-        FROM meds_rows JOIN antibiotic_codes USING (code)""", "mimic", "prescriptions", hospital=True, item_type="VARCHAR")
+    sql = f"""SELECT subject_id, t AS t0, t + {_DAY_US} AS t1, 'antibiotic' AS item,
+                     CASE WHEN NOT given THEN 'not given' END AS excluded
+              FROM meds_rows JOIN antibiotic_codes USING (code)"""
+    return Scan("prescriptions", "intervals", sql, "mimic", "prescriptions", hospital=True, item_type="VARCHAR")
 
 # %% ../../nbs/data/07_meds.ipynb #650c9fc4
 def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
-    "Charted values, laboratory values, output, infusions, procedures, antibiotics."
+    "Charted values, laboratory values, output, infusions, procedures, antibiotics. Makes the table `meds_rows`."
     _stage(source, con)
-    yield _events("chartevents", "kind = 'LAB'", hospital=False)
-    yield _events("labevents", "kind = 'LAB'", hospital=True)
-    yield _events("outputevents", "kind = 'SUBJECT_FLUID_OUTPUT'", hospital=False)
-    yield _intervals(con, "inputevents", "INFUSION_START", "INFUSION_END", "rate", "", {"antibiotic": _antibiotic_ids()})
-    yield _intervals(con, "procedureevents", "PROCEDURE//START", "PROCEDURE//END", "1.0", "on", {})
+    yield _events("chartevents", "LAB", hospital=False)
+    yield _events("labevents", "LAB", hospital=True)
+    yield _events("outputevents", "SUBJECT_FLUID_OUTPUT", hospital=False)
+    yield _intervals(con, "inputevents", ("INFUSION_START", "INFUSION_END"), {"antibiotic": _antibiotic_ids()})
+    yield _intervals(con, "procedureevents", ("PROCEDURE//START", "PROCEDURE//END"), {})
     yield _medications(con)
 
-
+# %% ../../nbs/data/07_meds.ipynb #6379f031
 def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     "Add the Elixhauser score of the diagnosis codes dated before the stay to the table `checked`."
     known = con.execute(f"""
-        SELECT DISTINCT s.stay_id AS id, split_part(d.code, '//', 4) AS code, try_cast(split_part(d.code, '//', 3) AS INTEGER) AS version
-        FROM stays s JOIN {_all(source)} d ON d.subject_id = s.subject_id AND d.code LIKE 'DIAGNOSIS//ICD//%' AND epoch_us(d.time) < s.in_us
-        ORDER BY ALL""").df()
+        SELECT DISTINCT s.stay_id AS id, split_part(d.code, '//', 4) AS code,
+               try_cast(split_part(d.code, '//', 3) AS INTEGER) AS version
+        FROM stays s JOIN {_all(source)} d ON d.subject_id = s.subject_id
+        WHERE d.code LIKE 'DIAGNOSIS//ICD//%' AND epoch_us(d.time) < s.in_us ORDER BY ALL""").df()
     put(con, "scores", elixhauser_score(known).rename("value").rename_axis("stay_id").reset_index())
-    con.execute(
-        "INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value, 'diagnoses_icd:earlier admissions', NULL, false FROM scores"
-    )
+    con.execute("""INSERT INTO checked SELECT stay_id, 0, 0, 'elixhauser', value,
+                   'diagnoses_icd:earlier admissions', NULL, false FROM scores""")
