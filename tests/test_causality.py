@@ -1,4 +1,4 @@
-"""No state sees the future: change every record after a decision, and the state of that decision must not change by one bit.
+"""No state sees the future: change every record after a decision, and that decision's state must not change by one bit.
 
 Once in the event stores of three real sources, and once in the raw tables themselves, read and cleaned again.
 """
@@ -34,7 +34,8 @@ def disturbed(store: EventStore, cut: pd.Series, seed: int, folder: Path) -> Eve
     events = events.astype({"variable": str, "item": str})
     events.loc[late, "value"] = events.value[late] * rng.uniform(0.2, 5, late.sum()) + 1
     shift = rng.uniform(0, 6, late.sum())  # a late record may even have been measured earlier than it was
-    events.loc[late, "time_h"] = np.minimum(events.time_h[late] - rng.choice([0, 3], late.sum()), events.available_h[late])
+    earlier = events.time_h[late] - rng.choice([0, 3], late.sum())
+    events.loc[late, "time_h"] = np.minimum(earlier, events.available_h[late])
     events.loc[late, "available_h"] += shift
     extra = events[late].sample(frac=0.3, random_state=seed).assign(value=lambda d: d.value + 7)
     events = pd.concat([events[~(late & (rng.random(len(events)) < 0.2))], extra])

@@ -27,7 +27,8 @@ def _files(path: Path) -> Iterator[tuple[str, list[str]]]:
                     if member.isfile() and member.name.endswith(".txt") and (f := tar.extractfile(member)):
                         yield Path(member.name).name, f.read().decode().splitlines()
         except (tarfile.TarError, EOFError, OSError) as e:
-            raise SourceError(f"{archive.name}: the archive is truncated or damaged ({type(e).__name__}); copy it again") from None
+            what = f"truncated or damaged ({type(e).__name__})"
+            raise SourceError(f"{archive.name}: the archive is {what}; copy it again") from None
     if not archives:
         for file in sorted(path.rglob("1[3-6]????.txt")): yield file.name, file.read_text().splitlines()
 
@@ -42,7 +43,8 @@ def parse_record(name: str, lines: list[str]) -> Iterator[tuple[int, int, str, f
             hour, minute = clock.split(":")
             yield int(name[:6]), int(hour) * 60 + int(minute), parameter, float(value)
         except ValueError:
-            raise SourceError(f"{name}, line {n}: not a time HH:MM, a parameter and a number; mend or remove the line") from None
+            what = "not a time HH:MM, a parameter and a number"
+            raise SourceError(f"{name}, line {n}: {what}; mend or remove the line") from None
 
 # %% ../../nbs/data/07b_challenge.ipynb #e9a66119
 def _pour(con: duckdb.DuckDBPyConnection, files: Iterable[tuple[str, list[str]]], batch: int = 200) -> None:
@@ -61,15 +63,19 @@ def _pour(con: duckdb.DuckDBPyConnection, files: Iterable[tuple[str, list[str]]]
 
 # %% ../../nbs/data/07b_challenge.ipynb #94ee3634
 def outcomes(path: Path) -> pd.DataFrame:
-    "The outcome files in or beside a source: RecordID, SAPS-I, SOFA, Length_of_stay (days), Survival (days, -1: none), In-hospital_death."
+    """The outcome files in or beside a source, a row a stay.
+
+    RecordID, SAPS-I, SOFA, Length_of_stay (days), Survival (days; -1: none), In-hospital_death.
+    """
     folder = path if path.is_dir() else path.parent
     files = sorted({*folder.glob("Outcomes-?.txt"), *folder.parent.glob("Outcomes-?.txt")})
     parts = []
     for file in files:
         read = pd.read_csv(file, dtype=str)
         number = read.apply(pd.to_numeric, errors="coerce")
-        if wrong := [c for c in read if (number[c].isna() & read[c].notna()).any()]:
-            raise SourceError(f"{file.name}: column {', '.join(wrong)} holds a value that is no number; mend or remove the row")
+        if wrong := [str(c) for c in read if (number[c].isna() & read[c].notna()).any()]:
+            what = f"column {', '.join(wrong)} holds a value that is no number"
+            raise SourceError(f"{file.name}: {what}; mend or remove the row")
         parts.append(number.astype(float))
     columns = ["RecordID", "SAPS-I", "SOFA", "Length_of_stay", "Survival", "In-hospital_death"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns, dtype=float)
@@ -78,8 +84,8 @@ def outcomes(path: Path) -> pd.DataFrame:
 def prepare_source(source: Source, con: duckdb.DuckDBPyConnection) -> None:
     "Pour patients and outcomes into tables of the working database."
     _pour(con, _files(source.path))
-    known = outcomes(source.path).rename(columns={"RecordID": "id", "Length_of_stay": "days", "In-hospital_death": "died"})
-    put(con, "outcomes", known[["id", "days", "Survival", "died"]].rename(columns={"Survival": "survival"}))
+    names = {"RecordID": "id", "Length_of_stay": "days", "Survival": "survival", "In-hospital_death": "died"}
+    put(con, "outcomes", outcomes(source.path)[list(names)].rename(columns=names))
 
 # %% ../../nbs/data/07b_challenge.ipynb #e49bc93c
 _UNITS = {1: "Coronary Care Unit", 2: "Cardiac Surgery Recovery Unit", 3: "Medical ICU", 4: "Surgical ICU"}
@@ -93,8 +99,9 @@ def stays_sql(source: Source) -> str:
 
     units = " ".join(f"WHEN {k} THEN '{v}'" for k, v in _UNITS.items())
     return f"""
-        SELECT record AS stay_id, record AS subject_id, CAST(NULL AS BIGINT) AS hadm_id, true AS has_patient, {one("Age")} AS age_years,
-               CASE {one("Gender")} WHEN 0 THEN 'F' WHEN 1 THEN 'M' END AS sex, CAST(0 AS BIGINT) AS in_us, 2 * {_DAY_US} AS out_us,
+        SELECT record AS stay_id, record AS subject_id, CAST(NULL AS BIGINT) AS hadm_id, true AS has_patient,
+               {one("Age")} AS age_years, CASE {one("Gender")} WHEN 0 THEN 'F' WHEN 1 THEN 'M' END AS sex,
+               CAST(0 AS BIGINT) AS in_us, 2 * {_DAY_US} AS out_us,
                CAST(any_value(CASE WHEN o.survival >= 0 THEN o.survival END) * {_DAY_US} AS BIGINT) AS death_us,
                CAST(any_value(CASE WHEN o.days >= 0 THEN o.days END) * {_DAY_US} AS BIGINT) AS hospital_out_us,
                any_value(o.died = 1) AS hospital_death, CASE {one("ICUType")} {units} END AS unit,
@@ -106,7 +113,8 @@ def scans(source: Source, con: duckdb.DuckDBPyConnection) -> Iterator[Scan]:
     "One scan of all parameters; -1 for weight or height is a blank."
     yield Scan("challenge", "events", """
         SELECT record AS stay_id, minute * 60000000 AS t, parameter AS item, value FROM challenge
-        WHERE NOT (value = -1 AND parameter IN ('Height', 'Weight'))""", "challenge", "", item_type="VARCHAR")  # fmt: skip
+        WHERE NOT (value = -1 AND parameter IN ('Height', 'Weight'))""",
+        "challenge", "", item_type="VARCHAR")  # fmt: skip
 
 
 def history(source: Source, con: duckdb.DuckDBPyConnection) -> None:

@@ -34,7 +34,8 @@ def _check_times(con: duckdb.DuckDBPyConnection, table: Table, columns: tuple[st
 def _check_concepts(con: duckdb.DuckDBPyConnection, table: Table) -> None:
     "SourceError for a concept that the vocabulary lacks, or that belongs into the other file."
     read = table.read(concept="VARCHAR")
-    found = [r[0] for r in con.execute(f"SELECT DISTINCT concept FROM {read} WHERE concept IS NOT NULL ORDER BY 1").fetchall()]
+    distinct = f"SELECT DISTINCT concept FROM {read} WHERE concept IS NOT NULL ORDER BY 1"
+    found = [r[0] for r in con.execute(distinct).fetchall()]
     try: check_variables(found)
     except ValueError as e: raise SourceError(f"{table.path.name}, column concept: {e}") from None
     group = vocabulary().group
@@ -47,12 +48,14 @@ def stays_sql(source: Source) -> str:
     "SQL for one row a stay; times in microseconds on the scale of the file."
     read = source.tables["static"].read(
         {"death_time": "VARCHAR", "hospital_death": "VARCHAR", "hospital_outtime": "VARCHAR", "unit": "VARCHAR"},
-        subject_id="BIGINT", stay_id="BIGINT", age="DOUBLE", sex="VARCHAR", intime="VARCHAR", outtime="VARCHAR")  # fmt: skip
+        subject_id="BIGINT", stay_id="BIGINT", age="DOUBLE", sex="VARCHAR",
+        intime="VARCHAR", outtime="VARCHAR")  # fmt: skip
     return f"""
-        SELECT stay_id, subject_id, CAST(NULL AS BIGINT) AS hadm_id, subject_id IS NOT NULL AS has_patient, age AS age_years,
-               upper(left(sex, 1)) AS sex, {_us("intime")} AS in_us, {_us("outtime")} AS out_us, {_us("death_time")} AS death_us,
-               {_us("hospital_outtime")} AS hospital_out_us, TRY_CAST(hospital_death AS BOOLEAN) AS hospital_death, unit,
-               row_number() OVER (PARTITION BY subject_id ORDER BY {_us("intime")}) > 1 AS readmission, copies - 1 AS repeated
+        SELECT stay_id, subject_id, CAST(NULL AS BIGINT) AS hadm_id, subject_id IS NOT NULL AS has_patient,
+               age AS age_years, upper(left(sex, 1)) AS sex, {_us("intime")} AS in_us, {_us("outtime")} AS out_us,
+               {_us("death_time")} AS death_us, {_us("hospital_outtime")} AS hospital_out_us,
+               TRY_CAST(hospital_death AS BOOLEAN) AS hospital_death, unit, copies - 1 AS repeated,
+               row_number() OVER (PARTITION BY subject_id ORDER BY {_us("intime")}) > 1 AS readmission
         FROM (SELECT *, count(*) AS copies FROM {read} GROUP BY ALL)"""
 
 # %% ../../nbs/data/07a_tidy.ipynb #2b5a2abb
@@ -60,15 +63,16 @@ def body_scan(source: Source) -> Scan:
     "Weight and height of `static`, known at admission."
     read = source.tables["static"].read({"weight": "DOUBLE", "height": "DOUBLE"}, stay_id="BIGINT", intime="VARCHAR")
     return Scan("static", "events", f"""
-        SELECT * FROM (SELECT stay_id, {_us("intime")} AS t, unnest(['weight', 'height']) AS item, unnest([weight, height]) AS value
-                       FROM {read}) WHERE value IS NOT NULL""", "tidy", "events", item_type="VARCHAR")  # fmt: skip
+        SELECT * FROM (SELECT stay_id, {_us("intime")} AS t, unnest(['weight', 'height']) AS item,
+                       unnest([weight, height]) AS value FROM {read}) WHERE value IS NOT NULL""",
+        "tidy", "events", item_type="VARCHAR")  # fmt: skip
 
 
 def event_scan(source: Source) -> Scan:
     "Values at moments, with the moment of knowing where it is given."
     read = source.tables["events"].read(
-        {"available_time": "VARCHAR", "unit": "VARCHAR"}, stay_id="BIGINT", time="VARCHAR", concept="VARCHAR", value="DOUBLE"
-    )
+        {"available_time": "VARCHAR", "unit": "VARCHAR"},
+        stay_id="BIGINT", time="VARCHAR", concept="VARCHAR", value="DOUBLE")  # fmt: skip
     times = f"{_us('time')} AS t, {_us('available_time')} AS available"
     sql = f"SELECT stay_id, {times}, concept AS item, value, unit FROM {read}"
     return Scan("events", "events", sql, "tidy", "events", item_type="VARCHAR")
