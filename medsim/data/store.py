@@ -119,7 +119,7 @@ def _read(file: Path, variables: Iterable[str] | str | None, stay_ids: Iterable[
 # %% ../../nbs/data/08_store.ipynb #6aa0a8fe
 @dataclass(frozen=True)
 class EventStore:
-    """A folder of clean ICU tables: who stayed, what was measured, what was given. Open one with `EventStore.open(folder)`.
+    """A folder of clean ICU tables: who stayed, what was measured, what was given. Open one with `EventStore.open`.
 
     `stays` is a DataFrame, `provenance` a dict; `events(...)` and `interventions(...)` read what is asked for.
     """
@@ -134,7 +134,8 @@ class EventStore:
         folder = Path(folder)
         absent = [f for f in ("provenance.json", *(f"{t}.parquet" for t in COLUMNS)) if not (folder / f).is_file()]
         if absent:
-            raise ValueError(f"{folder} is no event store: {', '.join(absent)} missing; make one with extract(path, out)")
+            said = f"{', '.join(absent)} missing; make one with extract(path, out)"
+            raise ValueError(f"{folder} is no event store: {said}")
         provenance = json.loads((folder / "provenance.json").read_text())
         if (v := provenance.get("store_version")) != STORE_VERSION:
             raise ValueError(f"{folder} has store version {v}, this medsim reads {STORE_VERSION}: extract it again")
