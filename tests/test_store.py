@@ -81,13 +81,8 @@ def test_twice_the_same_bytes_by_hand(tmp_path):
     assert digests(a.folder) == digests(b.folder)
 
 
-def test_twice_the_same_bytes_of_the_mimic_iv_demo(mimic4_demo, mimic4_store, tmp_path):
-    "Large enough for several row groups, which threads could fill in another order."
-    again = extract(mimic4_demo, tmp_path / "again", progress=False)
-    assert digests(again.folder) == digests(mimic4_store.folder)
-
-
 def test_twice_the_same_bytes_of_the_meds_demo(meds_demo, meds_store, tmp_path):
+    "Large enough for several row groups, which threads could fill in another order."
     again = extract(meds_demo, tmp_path / "again", progress=False)
     assert digests(again.folder) == digests(meds_store.folder)
 
@@ -479,7 +474,7 @@ def test_opening_what_is_no_store(tmp_path):
         EventStore.open(store.folder)
 
 
-@pytest.mark.parametrize("place", ["O'Brien", "disk 1", "mimic[1]", "ünïcode"])
+@pytest.mark.parametrize("place", ["O'Brien", "disk [1]", "ünïcode"])
 def test_any_name_will_do_for_the_folders(tmp_path, place):
     folder = write(tmp_path / place, handmade.mimic4())
     store = extract(folder, tmp_path / place / "out" / place, progress=False)
@@ -519,7 +514,7 @@ def test_a_full_disk_by_hand(tmp_path, tiny_disk, size):
     refused(folder, tiny_disk(size) / "store", "space", secret=cells(tables), error=OSError)
 
 
-@pytest.mark.parametrize("size", ["1m", "5m", "8m", "12m"])
+@pytest.mark.parametrize("size", ["2m", "9m"])
 def test_a_full_disk_in_the_middle_of_the_mimic_iv_demo(mimic4_demo, tiny_disk, size):
     disk = tiny_disk(size)
     refused(mimic4_demo, disk / "store", "space", error=OSError)
@@ -568,7 +563,7 @@ def test_ctrl_c_during_the_extraction_of_the_mimic_iv_demo(mimic4_demo, mimic4_s
         else: print("done", flush=True)
     """
     said = []
-    for n, moment in enumerate((0.2, 0.7, 1.2, 1.7)):
+    for n, moment in enumerate((0.3, 0.8, 1.4)):
         out = tmp_path / str(n) / "store"
         out.parent.mkdir()
         command = [sys.executable, "-c", code, str(mimic4_demo), str(out)]
