@@ -91,13 +91,14 @@ def _completed(name: str, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _write_frames(folder: Path, frames: dict[str, pd.DataFrame]) -> dict[str, int]:
-    "Write frames as the tables of a store; return their row counts."
+    "Write frames as the tables of a store; return their row counts. Equal interventions stay: two bags of one size."
     rows = {}
     with duckdb.connect() as con:
         for name, frame in frames.items():
             con.register("frame", _completed(name, frame))
             typed = ", ".join(f"CAST({c} AS {kind}) AS {c}" for c, kind in COLUMNS[name].items())
-            rows[name] = write_table(con, name, f"SELECT {typed} FROM frame", folder)
+            query = f"SELECT {typed}, row_number() OVER () AS nth FROM frame"
+            rows[name] = write_table(con, name, query, folder, apart=("nth",) if name == "interventions" else ())
             con.unregister("frame")
     return rows
 
