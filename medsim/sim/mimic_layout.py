@@ -14,29 +14,38 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .course import CohortConfig, Course
+from .course import Course
 
 # %% ../../nbs/sim/09b_mimic_layout.ipynb #3f82be79
 COLUMNS = {name: columns.split() for name, columns in {
     "hosp/patients": "subject_id gender anchor_age anchor_year anchor_year_group dod",
-    "hosp/admissions": "subject_id hadm_id admittime dischtime deathtime admission_type admit_provider_id admission_location "
+    "hosp/admissions":
+        "subject_id hadm_id admittime dischtime deathtime admission_type admit_provider_id admission_location "
         "discharge_location insurance language marital_status race edregtime edouttime hospital_expire_flag",
-    "hosp/labevents": "labevent_id subject_id hadm_id specimen_id itemid order_provider_id charttime storetime value valuenum "
+    "hosp/labevents":
+        "labevent_id subject_id hadm_id specimen_id itemid order_provider_id charttime storetime value valuenum "
         "valueuom ref_range_lower ref_range_upper flag priority comments",
     "hosp/d_labitems": "itemid label fluid category",
-    "hosp/microbiologyevents": "microevent_id subject_id hadm_id micro_specimen_id order_provider_id chartdate charttime spec_itemid "
-        "spec_type_desc test_seq storedate storetime test_itemid test_name org_itemid org_name isolate_num quantity ab_itemid "
-        "ab_name dilution_text dilution_comparison dilution_value interpretation comments",
-    "hosp/prescriptions": "subject_id hadm_id pharmacy_id poe_id poe_seq order_provider_id starttime stoptime drug_type drug "
-        "formulary_drug_cd gsn ndc prod_strength form_rx dose_val_rx dose_unit_rx form_val_disp form_unit_disp doses_per_24_hrs route",
+    "hosp/microbiologyevents":
+        "microevent_id subject_id hadm_id micro_specimen_id order_provider_id chartdate charttime spec_itemid "
+        "spec_type_desc test_seq storedate storetime test_itemid test_name org_itemid org_name isolate_num "
+        "quantity ab_itemid ab_name dilution_text dilution_comparison dilution_value interpretation comments",
+    "hosp/prescriptions":
+        "subject_id hadm_id pharmacy_id poe_id poe_seq order_provider_id starttime stoptime drug_type drug "
+        "formulary_drug_cd gsn ndc prod_strength form_rx dose_val_rx dose_unit_rx form_val_disp form_unit_disp "
+        "doses_per_24_hrs route",
     "hosp/diagnoses_icd": "subject_id hadm_id seq_num icd_code icd_version",
     "icu/icustays": "subject_id hadm_id stay_id first_careunit last_careunit intime outtime los",
-    "icu/chartevents": "subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valuenum valueuom warning",
-    "icu/inputevents": "subject_id hadm_id stay_id caregiver_id starttime endtime storetime itemid amount amountuom rate rateuom "
-        "orderid linkorderid ordercategoryname secondaryordercategoryname ordercomponenttypedescription ordercategorydescription "
-        "patientweight totalamount totalamountuom isopenbag continueinnextdept statusdescription originalamount originalrate",
+    "icu/chartevents":
+        "subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valuenum valueuom warning",
+    "icu/inputevents":
+        "subject_id hadm_id stay_id caregiver_id starttime endtime storetime itemid amount amountuom rate rateuom "
+        "orderid linkorderid ordercategoryname secondaryordercategoryname ordercomponenttypedescription "
+        "ordercategorydescription patientweight totalamount totalamountuom isopenbag continueinnextdept "
+        "statusdescription originalamount originalrate",
     "icu/outputevents": "subject_id hadm_id stay_id caregiver_id charttime storetime itemid value valueuom",
-    "icu/procedureevents": "subject_id hadm_id stay_id caregiver_id starttime endtime storetime itemid value valueuom location "
+    "icu/procedureevents":
+        "subject_id hadm_id stay_id caregiver_id starttime endtime storetime itemid value valueuom location "
         "locationcategory orderid linkorderid ordercategoryname ordercategorydescription patientweight isopenbag "
         "continueinnextdept statusdescription ORIGINALAMOUNT ORIGINALRATE",
     "icu/d_items": "itemid label abbreviation linksto category unitname param_type lownormalvalue highnormalvalue",
@@ -136,7 +145,9 @@ def dictionaries() -> dict[str, pd.DataFrame]:
     chart = pd.read_csv(io.StringIO(CHART_ITEMS), sep="|", names=names)
     table = {"Output": "outputevents", "2-Ventilation": "procedureevents", "1-Intubation/Extubation": "procedureevents"}
     chart = chart.assign(linksto=chart.category.map(table).fillna("chartevents"), param_type="Numeric")
-    drugs = INPUTS.assign(abbreviation=INPUTS.label, unitname=INPUTS.amountuom, linksto="inputevents", param_type="Solution")
+    drugs = INPUTS.assign(
+        abbreviation=INPUTS.label, unitname=INPUTS.amountuom, linksto="inputevents", param_type="Solution"
+    )
     return {
         "hosp/d_labitems": LABS.assign(fluid="Blood").sort_values("itemid"),
         "icu/d_items": pd.concat([chart, drugs]).sort_values("itemid"),
@@ -182,7 +193,11 @@ def timetable(course: Course, rng: np.random.Generator) -> pd.DataFrame:
     return stays
 
 # %% ../../nbs/sim/09b_mimic_layout.ipynb #22dbf479
-UNITS = ("Medical Intensive Care Unit (MICU)", "Surgical Intensive Care Unit (SICU)", "Medical/Surgical Intensive Care Unit (MICU/SICU)")
+UNITS = (
+    "Medical Intensive Care Unit (MICU)",
+    "Surgical Intensive Care Unit (SICU)",
+    "Medical/Surgical Intensive Care Unit (MICU/SICU)",
+)
 
 
 def traits(course: Course, stays: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
@@ -211,7 +226,10 @@ def people_tables(course: Course, stays: pd.DataFrame, rng: np.random.Generator)
     afterwards = left + pd.to_timedelta(rng.integers(10, 300, n), unit="D")
     death = death.fillna(afterwards.where(rng.random(n) < 0.08))
     patients = stays.assign(
-        gender=stays.sex, anchor_age=np.floor(course.age).astype(int), anchor_year=year, anchor_year_group="2014 - 2016",
+        gender=stays.sex,
+        anchor_age=np.floor(course.age).astype(int),
+        anchor_year=year,
+        anchor_year_group="2014 - 2016",
         dod=death.dt.strftime("%Y-%m-%d"),
     ).drop_duplicates("subject_id")
     ed = stays.intime - pd.Timedelta(hours=12.5)
@@ -224,13 +242,13 @@ def people_tables(course: Course, stays: pd.DataFrame, rng: np.random.Generator)
         edregtime=ed.where(stays.emergency), edouttime=(stays.admittime + pd.Timedelta("45min")).where(stays.emergency),
         hospital_expire_flag=died.astype(int),
     ).drop_duplicates("hadm_id")  # fmt: skip
-    los = (stays.outtime - stays.intime) / pd.Timedelta("1D")
+    los = (stays.outtime - stays.intime).dt.total_seconds() / 86400
     icustays = stays.assign(first_careunit=stays.unit, last_careunit=stays.unit, los=los.round(8))
     return {"hosp/patients": patients, "hosp/admissions": admissions, "icu/icustays": icustays}
 
 # %% ../../nbs/sim/09b_mimic_layout.ipynb #8e815501
 def write_table(frame: pd.DataFrame, name: str, folder: Path) -> None:
-    "Write `frame` as `folder/name.csv.gz` with the columns of `COLUMNS[name]`, missing ones empty. Refuses to overwrite."
+    "Write `frame` as `folder/name.csv.gz`, columns of `COLUMNS[name]`, missing ones empty; never overwrites."
     path = folder / f"{name}.csv.gz"
     if path.exists():
         raise ValueError(f"{path.name} exists already in {path.parent.name}/; write to an empty folder")

@@ -16,7 +16,8 @@ from .physiology import STATES
 
 # %% ../../nbs/sim/09_observation.ipynb #4e5d8cb1
 DRIVERS = (*STATES, "deficit", "slow", "renal", "acid")
-VARIABLES = pd.read_csv(io.StringIO("""\
+VARIABLES = pd.read_csv(
+    io.StringIO("""\
 name         group  own       base  between noise deficit slow   renal acid   decimals low  high
 heart_rate   vital  -         76    9       4     8       2      0     2      0        30   190
 map          vital  -         85    5       3.5   -11     -1     0     -0.5   0        35   130
@@ -54,7 +55,9 @@ albumin      liver  -         3.4   0.4     0.1   0       -0.35  0     0      1 
 inr          liver  -         1.1   0.08    0.05  0       0.18   0     0      1        0.9  8
 pt           liver  -         12.5  0.8     0.5   0       1.9    0     0      1        9    90
 ptt          liver  -         30    3       1.5   0       3.5    0     0      1        20   140
-"""), sep=r"\s+").set_index("name")
+"""),
+    sep=r"\s+",
+).set_index("name")
 
 # %% ../../nbs/sim/09_observation.ipynb #b8e4a3db
 def weights() -> np.ndarray:
@@ -88,7 +91,8 @@ def low_urine(y: np.ndarray) -> np.ndarray:
     return np.clip(1 - y[:, 4] / 1200, 0, 1)
 
 # %% ../../nbs/sim/09_observation.ipynb #941e7e01
-GROUPS = pd.read_csv(io.StringIO("""\
+GROUPS = pd.read_csv(
+    io.StringIO("""\
 group  calm   sick  delay_h
 vital  0.90   0.98  0
 temp   0.22   0.40  0
@@ -98,8 +102,10 @@ gas    0.05   0.24  0.06
 chem   0.06   0.13  1.3
 blood  0.05   0.10  0.8
 liver  0.03   0.07  1.4
-"""), sep=r"\s+").set_index("group")
-GROUP_OF = GROUPS.index.get_indexer(list(VARIABLES.group))  # column of each variable's group
+"""),
+    sep=r"\s+",
+).set_index("group")
+GROUP_OF = GROUPS.index.get_indexer(pd.Index(VARIABLES.group))  # column of each variable's group
 
 # %% ../../nbs/sim/09_observation.ipynb #36e69056
 def charting_probability(
@@ -113,7 +119,7 @@ def charting_probability(
 
 # %% ../../nbs/sim/09_observation.ipynb #0a7c003f
 def result_delay(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    "Hours (*shape, G) from the draw to the result: log-normal around `GROUPS.delay_h`, zero for what is read at the bedside."
+    "Hours (*shape, G) from draw to result: log-normal around `GROUPS.delay_h`, zero for what is read at the bedside."
     return GROUPS.delay_h.to_numpy() * np.exp(0.4 * rng.standard_normal((*shape, len(GROUPS))))
 
 # %% ../../nbs/sim/09_observation.ipynb #8f00c30e
@@ -133,10 +139,23 @@ def observe(
     return np.round(np.clip(value, v.low, v.high) * scale) / scale
 
 # %% ../../nbs/sim/09_observation.ipynb #e0a80bc9
-GCS_PARTS = np.array([  # eye, verbal, motor for totals 3 to 15
-    (1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 1, 4), (1, 2, 4), (2, 2, 4), (2, 2, 5),
-    (3, 2, 5), (3, 3, 5), (3, 3, 6), (3, 4, 6), (4, 4, 6), (4, 5, 6),
-])
+GCS_PARTS = np.array(
+    [  # eye, verbal, motor for totals 3 to 15
+        (1, 1, 1),
+        (1, 1, 2),
+        (1, 1, 3),
+        (1, 1, 4),
+        (1, 2, 4),
+        (2, 2, 4),
+        (2, 2, 5),
+        (3, 2, 5),
+        (3, 3, 5),
+        (3, 3, 6),
+        (3, 4, 6),
+        (4, 4, 6),
+        (4, 5, 6),
+    ]
+)
 
 
 def split_gcs(total: np.ndarray) -> np.ndarray:

@@ -101,7 +101,8 @@ def check_finite(x: Tensor, dt: Tensor, t0: Tensor) -> Tensor:
 
 # %% ../../nbs/sim/02_odesolve.ipynb #076755af
 def advance(
-    rate: Rate, x: Tensor, u: Tensor, dt: Tensor | float, t0: Tensor | float = 0.0, *, method: str = "rk4", **options: Any
+    rate: Rate, x: Tensor, u: Tensor, dt: Tensor | float, t0: Tensor | float = 0.0,
+    *, method: str = "rk4", **options: Any,
 ) -> Tensor:
     "`flow` without the check that time moves: a `dt` of zero leaves its patient where it is."
     if method not in SOLVERS:
@@ -121,7 +122,10 @@ def flow(
     method: str = "rk4",  # or "dopri5"
     **options: Any,  # the solver's: step, first (hours) for rk4; rtol, atol for dopri5
 ) -> Tensor:
-    "State (K, B, n) after `dt` hours. Raises ValueError if `dt` is not positive, DivergenceError if a state is not finite."
+    """State (K, B, n) after `dt` hours.
+
+    Raises ValueError if `dt` is not positive, DivergenceError (a ValueError) if a state is not finite.
+    """
     hours = torch.as_tensor(dt)
     if not (torch.isfinite(hours) & (hours > 0)).all():
         raise ValueError("dt must be positive and finite, in hours, for every patient")
