@@ -87,7 +87,7 @@ def chart_scan(source: Source, table: Table) -> Scan:
     "Charted values; `error` rows (MIMIC-III) are kept with the reason for leaving them out."
     columns = _columns(source)
     read = table.read(
-        {"error": "INTEGER", "storetime": "TIMESTAMP"},
+        {"error": "VARCHAR", "storetime": "VARCHAR"},  # text: only a few rows need them as numbers and times
         subject_id="BIGINT", **{_key(source): "BIGINT"}, itemid="INTEGER", charttime="TIMESTAMP", value="VARCHAR",
         valuenum="DOUBLE", valueuom="VARCHAR")  # fmt: skip
     words = _in(_ids("chartevents", columns, notes=("text", "mode")))
@@ -96,8 +96,8 @@ def chart_scan(source: Source, table: Table) -> Scan:
     sql = f"""
         SELECT subject_id, {_key(source)} AS stay_id, epoch_us(charttime) AS t, itemid AS item, valuenum AS value,
                valueuom AS unit, CASE WHEN itemid IN {words} THEN value END AS text,
-               CASE WHEN itemid IN {copied} THEN epoch_us(storetime) END AS available,
-               CASE WHEN error = 1 THEN 'flagged as an error in the source' END AS excluded
+               CASE WHEN itemid IN {copied} THEN epoch_us(TRY_CAST(storetime AS TIMESTAMP)) END AS available,
+               CASE WHEN error = '1' THEN 'flagged as an error in the source' END AS excluded
         FROM {read} WHERE itemid IN {_in(_ids("chartevents", columns))}
                       AND (valuenum IS NOT NULL OR itemid IN {words})"""
     return Scan("chartevents", "events", sql, columns, "chartevents")
