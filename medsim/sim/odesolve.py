@@ -65,7 +65,7 @@ def edges(dt: Tensor, t0: Tensor, step: float = 0.125, first: float = 0.01) -> T
     "Hours after the start (N, K, B) between which one step is taken, from 0 to the patient's own `dt` (K, B)."
     per_patient = [-1] + [1] * dt.ndim
     ramp = dt.new_tensor(warm_up(step, first))
-    tail = step * torch.arange(math.ceil(float(dt.max()) / step) + 1, dtype=dt.dtype, device=dt.device)
+    tail = step * torch.arange(math.ceil(float(dt.detach().max()) / step) + 1, dtype=dt.dtype, device=dt.device)
     clock = torch.maximum(step * torch.ceil((t0 + ramp[-1]) / step) - t0, ramp[-1])
     hours = torch.cat([ramp.view(per_patient).expand(-1, *dt.shape), clock + tail.view(per_patient)])
     hours = torch.minimum(hours, dt)
