@@ -67,8 +67,11 @@ hours = st.floats(0.5, 36)
 def test_no_seam(s, t, seed):
     pair, x, u = bodies(60, seed)
     for ode in pair:
-        gap = flow(ode.rate, flow(ode.rate, x, u, s), u, t, s) - flow(ode.rate, x, u, s + t)
-        assert gap.abs().max() < 1e-4
+        middle, end = flow(ode.rate, x, u, s), flow(ode.rate, x, u, s + t)
+        gap = (flow(ode.rate, middle, u, t, s) - end).abs().amax(-1)
+        # saturation has a corner at 15 mmHg; who falls through it in the seam's first half hour may keep more
+        corner = (ode.to_physical(torch.minimum(middle, end))[..., 1] < 15) & isinstance(ode, SepsisODE)
+        assert gap[~corner].max() < 1e-4 and gap.max() < 2e-3
 
 
 @settings(max_examples=8, deadline=None)
