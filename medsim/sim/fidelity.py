@@ -54,7 +54,7 @@ def subject_splits(subject_id: np.ndarray, n: int = 20, seed: int = 0, test: flo
 
 # %% ../../nbs/sim/08b_fidelity.ipynb #13732df7
 def last_value(r: Records, until_h: float = np.inf) -> tuple[Tensor, Tensor]:
-    "The last measurement before each row (N, L, 6), of those up to `until_h`, and its age in hours; 0 before the first."
+    "The last measurement before each row (N, L, 6), of those up to `until_h`, and its age (h); 0 before the first."
     known = r.observed & (r.t <= until_h)[..., None]
     row = torch.arange(known.shape[1])[:, None]
     at = torch.where(known, row, -1).cummax(1).values
@@ -66,7 +66,7 @@ def last_value(r: Records, until_h: float = np.inf) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/sim/08b_fidelity.ipynb #9afee3df
 def decay_to_mean(r: Records, train: Tensor, until_h: float = np.inf) -> Tensor:
-    "OU predictions (N, L, 6); mean and rate of each variable from the one-step errors of the stays in `train` (N,) bool."
+    "OU predictions (N, L, 6); each variable's mean and rate from the one-step errors of the stays in `train` (N,)."
     counted, (value, age) = predictable(r)[train], last_value(r)
     n = r.observed[train].sum((0, 1)).clamp(min=1)
     mean = (r.x[train] * r.observed[train]).sum((0, 1)) / n
@@ -79,7 +79,7 @@ def decay_to_mean(r: Records, train: Tensor, until_h: float = np.inf) -> Tensor:
 
 # %% ../../nbs/sim/08b_fidelity.ipynb #6fabf004
 def by_stay(r: Records, mean: Tensor, counted: Tensor) -> pd.DataFrame:
-    "Sums of errors: DataFrame(row, subject_id, variable, n, squared, absolute, log_squared), a row per stay and variable."
+    "Sums of errors by stay: DataFrame(row, subject_id, variable, n, squared, absolute, log_squared)."
     factor, offset = r.x.new_tensor(SD), r.x.new_tensor(MEAN)
     error = (r.x - mean) * counted
 

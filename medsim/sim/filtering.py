@@ -88,8 +88,8 @@ MOVERS: dict[str, Mover] = {"relax": relax_step, "rk4": rk4_row}
 class PatientFilter(nn.Module):
     """What is known before and beside the chart, by member: all (K, 6), normalised, sds as logs.
 
-    `level_mean`, `log_level_sd`: levels of the patients. `start_mean`, `log_start_sd`: states at the first hour, around
-    the level. `log_drift`: disturbance per square root of an hour. `log_charting`: error of a measurement.
+    `level_mean`, `log_level_sd`: levels of the patients. `start_mean`, `log_start_sd`: states at the first hour, beside
+    what their level explains. `log_drift`: disturbance per square root of an hour. `log_charting`: charting error.
     """
 
     def __init__(self, k: int = 1, dtype: torch.dtype = torch.float32) -> None:
@@ -101,13 +101,13 @@ class PatientFilter(nn.Module):
         self.start_mean, self.log_start_sd = table(0.0), table(math.log(0.7))
         self.log_drift, self.log_charting = table(math.log(0.4)), table(math.log(0.4))
 
-    def start(self, n: int) -> Belief:
-        "The belief about `n` patients before their first row."
+    def start(self, n: int, share: Tensor) -> Belief:
+        "The belief about `n` patients before their first row; `share` (K, 6): how far a state follows its level."
         def wide(p: Tensor) -> Tensor: return p[:, None].expand(len(p), n, 6)
 
         ll = wide((2 * self.log_level_sd).exp())
-        xx = wide((2 * self.log_start_sd).exp()) + ll
-        return Belief(wide(self.start_mean + self.level_mean), wide(self.level_mean), xx, ll, ll)
+        xx = wide((2 * self.log_start_sd).exp()) + wide(share) ** 2 * ll
+        return Belief(wide(self.start_mean), wide(self.level_mean), xx, wide(share) * ll, ll)
 
 # %% ../../nbs/sim/03b_filtering.ipynb #998f47cb
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _run(
     x, seen, u, t, dt = rows
     decay, pull = model.decay()[:, None], model.log_pull.exp()[:, None]
     drift, charting = prior.log_drift.exp()[:, None], prior.log_charting.exp()[:, None]
-    b = prior.start(x.shape[1])
+    b = prior.start(x.shape[1], (pull / decay)[:, 0])
     means, variances, ended = [], [], []
     for j, n in enumerate(active):
         if n < b.x.shape[1]:
