@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['population_job', 'fit_population', 'held_hours', 'individual_job', 'individual_members', 'free_errors',
-           'held_out_noise', 'as_simulator', 'fit', 'fit_individuals']
+           'held_out_noise', 'as_simulator', 'fit', 'population_member', 'fit_individuals']
 
 # %% ../../nbs/sim/07a_fitting.ipynb #67509a86
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..core.seeding import generators, spawn
 from ..data.sequences import IrregularSequences
-from .filtering import LevelODE, track
+from .filtering import track
+from .hybrid import HybridODE
 from .members import FitConfig, FitState, Job, Members, join_members, new_members, run_fit, select_members
 from .noise import ResidualNoise, fit_noise
 from .physiology import ACTIONS, STATES
@@ -118,7 +119,7 @@ def held_out_noise(members: Members, r: Records, seed: int) -> tuple[ResidualNoi
 # %% ../../nbs/sim/07a_fitting.ipynb #52366b8b
 def as_simulator(members: Members, ids: Sequence[int | str], **parts: Any) -> Simulator:
     "Fitted members (not of a `LevelODE`) as a simulator."
-    assert not isinstance(members.ode, LevelODE)
+    assert isinstance(members.ode, HybridODE)
     members.ode.level.data = parts.pop("level", members.prior.level_mean.detach().clone())
     sd = members.prior.log_start_sd.exp().detach()
     parts = {"initial": (members.prior.start_mean.detach(), sd), "prior": members.prior, **parts}
@@ -148,6 +149,13 @@ def fit(
     return as_simulator(members, ["population"], noise=noise, meta={"fit": about})
 
 
+def population_member(population: Simulator) -> Members:
+    "What `fit` fitted. ValueError for a simulator that is not a population's, or has no filter."
+    if population.prior is None or population.k != 1 or not isinstance(population.ode, HybridODE):
+        raise ValueError("this needs a population's simulator as `fit` makes it: one patient, with its filter")
+    return Members(population.ode, population.prior)
+
+
 def fit_individuals(
     population: Simulator,  # of `fit`
     sequences: IrregularSequences | Records,
@@ -156,9 +164,7 @@ def fit_individuals(
 ) -> Simulator:
     "A simulator with a full set of weights for each stay; ids are the stay ids. Errors as in `individual_members`."
     r = sequences if isinstance(sequences, Records) else records(sequences)
-    if population.prior is None or population.k != 1:
-        raise ValueError("start from a population's simulator, made by `fit`")
-    own = individual_members(Members(population.ode, population.prior), r, config, **how)
+    own = individual_members(population_member(population), r, config, **how)
     with torch.no_grad(): end = track(own.ode, own.prior, r, paired=True).end
     meta = {"fit": {**population.meta.get("fit", {}), "individual": asdict(config)}}
     ids = [int(i) for i in r.stay_id]

@@ -6,16 +6,18 @@
 __all__ = ['until', 'for_patients', 'Personal', 'personalise']
 
 # %% ../../nbs/sim/08a_personalise.ipynb #775856bc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.nets import MLP, unstack
-from .filtering import Belief, track
+from .filtering import Belief, LevelODE, track
+from .fitting import population_member
 from .hybrid import HybridODE
-from .members import FitConfig, FitState, Job, Members, run_fit, select_members
+from .members import FitConfig, FitState, Job, run_fit, select_members
+from .physiology import MedGymODE, SepsisODE
 from .records import Records
 from .simulator import Simulator
 
@@ -29,19 +31,17 @@ def until(r: Records, hours: float) -> Records:
                          f"first stay {r.stay_id[empty.numpy()][0]}: wait longer, or leave them out")
     length = int(kept.sum(1).max())
     zero = torch.zeros((), dtype=r.x.dtype)
-    cut = dict(
-        x=torch.where(seen, r.x, zero), observed=seen, u=r.u, t=torch.where(kept, r.t, zero),
-        dt=torch.where(kept, r.dt, zero), mask=kept,
+    return replace(
+        r, x=torch.where(seen, r.x, zero)[:, :length], observed=seen[:, :length], u=r.u[:, :length],
+        t=torch.where(kept, r.t, zero)[:, :length], dt=torch.where(kept, r.dt, zero)[:, :length], mask=kept[:, :length],
     )
-    who = dict(stay_id=r.stay_id, subject_id=r.subject_id, fold=r.fold, capped=r.capped)
-    return Records(**{n: v[:, :length] for n, v in cut.items()}, **who)
 
 # %% ../../nbs/sim/08a_personalise.ipynb #2b2050b1
-def for_patients(ode: HybridODE, level: Tensor) -> HybridODE:
+def for_patients(ode: HybridODE | LevelODE, level: Tensor) -> HybridODE:
     "The dynamics of N patients with `level` (N, 6): those of the one member, or of N members with their own mechanism."
+    assert isinstance(ode, HybridODE)
     n = len(level)
-    kind = type(ode.physics)
-    physics = kind(n, dtype=level.dtype)
+    physics = (SepsisODE if isinstance(ode.physics, SepsisODE) else MedGymODE)(n, dtype=level.dtype)
     physics.theta.data = ode.physics.theta.detach().expand(n, -1).clone()
     net = ode.net
     if net is not None and net.k == 1: net = unstack(net, 0)
@@ -90,10 +90,8 @@ def personalise(
 
     ValueError if `population` has no filter or more than one patient, or a stay has nothing measured by `until_h`.
     """
-    if population.prior is None or population.k != 1:
-        raise ValueError("personalise needs a population's simulator as `fit` makes it: one patient, with its filter")
     so_far = until(r, until_h if np.isfinite(until_h) else float(r.t.max()))
-    one = Members(population.ode, population.prior)
+    one = population_member(population)
     if not adapt:
         with torch.no_grad(): end = track(one.ode, one.prior, so_far).end
         end = Belief(*(v[0] for v in vars(end).values()))

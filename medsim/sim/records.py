@@ -8,7 +8,8 @@ __all__ = ['FEATURES', 'TREATMENTS', 'check_columns', 'recorded_actions', 'parts
 
 # %% ../../nbs/sim/03a_records.ipynb #66bde5c0
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,9 +112,9 @@ class Records:
         "The stays at `index` (integers or a mask of length N), in that order, padded to the longest of them."
         rows = np.atleast_1d(np.arange(len(self))[np.asarray(index)])
         length = max(1, int(self.mask[rows].sum(1).max())) if shorten and len(rows) else self.mask.shape[1]
-        cut = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "capped"}
+        cut: dict[str, Any] = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "capped"}
         cut |= {k: v[:, :length] for k, v in cut.items() if isinstance(v, Tensor)}
-        return Records(**cut, capped=self.capped)
+        return replace(self, **cut)
 
 # %% ../../nbs/sim/03a_records.ipynb #55f27e5b
 def records(
@@ -159,8 +160,8 @@ def concatenate(several: Sequence[Records]) -> Records:
         return torch.cat([v, v.new_zeros(v.shape[0], length - v.shape[1], *v.shape[2:])], 1)
 
     tensors = [f.name for f in fields(Records) if f.type == "Tensor" or f.type is Tensor]
-    joined = {name: torch.cat([padded(getattr(r, name)) for r in several]) for name in tensors}
-    arrays = {name: np.concatenate([getattr(r, name) for r in several]) for name in ("stay_id", "subject_id", "fold")}
+    joined: dict[str, Any] = {name: torch.cat([padded(getattr(r, name)) for r in several]) for name in tensors}
+    joined |= {name: np.concatenate([getattr(r, name) for r in several]) for name in ("stay_id", "subject_id", "fold")}
     rows = np.array([int(r.mask.sum()) for r in several], dtype=float)
     capped = np.average([r.capped for r in several], axis=0, weights=rows)
-    return Records(**joined, **arrays, capped=capped)
+    return Records(**joined, capped=capped)
