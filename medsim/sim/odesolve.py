@@ -101,7 +101,7 @@ def dopri5(
     s = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
     return torchdiffeq.odeint(unit_time(rate, u, dt, t0), x, s, rtol=rtol, atol=atol, method="dopri5")[-1]
 
-# %% ../../nbs/sim/02_odesolve.ipynb #273b9bdc
+
 SOLVERS: dict[str, Callable[..., Tensor]] = {"rk4": rk4, "dopri5": dopri5}
 
 # %% ../../nbs/sim/02_odesolve.ipynb #bc716fa3
@@ -125,7 +125,7 @@ class DivergenceError(ValueError):
             "since admission; check these patients' parameters or take a smaller step"
         )
 
-# %% ../../nbs/sim/02_odesolve.ipynb #4c657c78
+
 def check_finite(x: Tensor, dt: Tensor, t0: Tensor) -> Tensor:
     "`x` (K, B, n) itself if finite. Raises DivergenceError naming the trajectories that are not."
     bad = ~torch.isfinite(x).all(-1)
@@ -134,7 +134,7 @@ def check_finite(x: Tensor, dt: Tensor, t0: Tensor) -> Tensor:
         raise DivergenceError([tuple(i) for i in bad.nonzero().tolist()], float(begin), float(end))
     return x
 
-# %% ../../nbs/sim/02_odesolve.ipynb #3715f9fb
+
 def check_interval(dt: Tensor | float) -> None:
     "Raises ValueError unless `dt` is positive and finite throughout."
     hours = torch.as_tensor(dt)
@@ -214,7 +214,7 @@ def carry(
 
     return augmented
 
-# %% ../../nbs/sim/02_odesolve.ipynb #9b2ee3e6
+
 def with_zeros(x: Tensor, m: int) -> Tensor:
     "`x` (..., n) with `m` zeros behind it: integrals about to start."
     return torch.cat([x, x.new_zeros(*x.shape[:-1], m)], -1)

@@ -33,7 +33,7 @@ def to_doses(
     "Doses (..., 3): FiO2 as a fraction, norepinephrine equivalent in ug/kg/min, fluid in mL/h."
     return u * u.new_tensor((0.79, 0.5, 500.0)) + u.new_tensor((0.21, 0.0, 0.0))
 
-# %% ../../nbs/sim/01_physiology.ipynb #0ffa2462
+
 def to_actions(
     dose: Tensor,  # (..., 3): FiO2 fraction, ug/kg/min, mL/h
 ) -> Tensor:
@@ -70,7 +70,7 @@ def ramp(x: Tensor) -> Tensor:
     r"$\rho(x)$, a smooth positive part."
     return softplus(x, beta=5.0)
 
-# %% ../../nbs/sim/01_physiology.ipynb #35f61302
+
 def overload(fluid: Tensor) -> Tensor:
     "Fluid beyond what is tolerated, 0.35 of the maximum (175 mL/h)."
     return softplus(fluid - 0.35, beta=20.0)
@@ -88,7 +88,7 @@ def saturation(pao2: Tensor) -> Tensor:
     ratio = (pao2.clamp(min=15.0) / 26.8) ** 2.7
     return 100 * ratio / (1 + ratio)
 
-# %% ../../nbs/sim/01_physiology.ipynb #9dc9d241
+
 def spo2_rate(o: Tensor, p: Tensor, k: Coefficients = SEPSIS) -> Tensor:
     r"$\dot O$ per hour from normalised SpO2 `o` and PaO2 `p`."
     return k["o_equil"] * ((saturation(MEAN[1] + SD[1] * p) - MEAN[0]) / SD[0] - o)
@@ -244,7 +244,7 @@ MEDGYM: dict[str, float] = dict(
     k_pf=0.5, k_pl=0.1, k_op=0.3, k_gl=0.1, k_go=0.1, k_lv=0.5, k_lc=0.5, k_u=0.5, k_bi=0.05, k_bc=0.1
 )  # the largest value of each coefficient, 1/h
 
-# %% ../../nbs/sim/01_physiology.ipynb #ce633885
+
 def medgym_rate(x: Tensor, u: Tensor, k: Coefficients) -> Tensor:
     "MedGym's eqs 7-12 with their clips: rate (..., 6) per hour of the z-scored state `x` (..., 6) under `u` (..., 3)."
     o, p, b, _, _, lac = x.unbind(-1)
@@ -305,7 +305,7 @@ def sofa_organs(
     )
     return torch.stack(points, -1)
 
-# %% ../../nbs/sim/01_physiology.ipynb #da9622f9
+
 def smooth_sofa(y: Tensor, nee: Tensor | float = 0.0) -> Tensor:
     "Smooth SOFA surrogate (...), between 0 and 18: the sum of `sofa_organs`; coagulation is not part of the state."
     return sofa_organs(y, nee).sum(-1)
@@ -316,12 +316,12 @@ def treatment_price(u: Tensor, oxygen_penalty: float = 0.0) -> Tensor:
     fio2, vaso, _ = u.unbind(-1)
     return 0.2 * vaso + oxygen_penalty * (fio2 - 0.5).relu()
 
-# %% ../../nbs/sim/01_physiology.ipynb #eb0d25ce
+
 def reward_rate(y: Tensor, u: Tensor, oxygen_penalty: float = 0.0) -> Tensor:
     "Reward per hour (...) of physical state `y` (..., 6) under action `u` (..., 3)."
     return -smooth_sofa(y, 0.5 * u[..., 1]) - treatment_price(u, oxygen_penalty)
 
-# %% ../../nbs/sim/01_physiology.ipynb #9af434fc
+
 def cost_rate(y: Tensor, limit: float = 4.0, soft: bool = False) -> Tensor:
     "Cost per hour (...): 1 while lactate exceeds `limit` mmol/L; with `soft`, the excess in mmol/L (has a gradient)."
     excess = y[..., 5] - limit
