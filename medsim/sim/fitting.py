@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['population_job', 'fit_population', 'held_hours', 'individual_job', 'individual_members', 'free_errors',
-           'held_out_noise', 'as_simulator', 'fit', 'population_member', 'fit_individuals']
+           'held_out_noise', 'config_to_json', 'as_simulator', 'fit', 'population_member', 'fit_individuals']
 
 # %% ../../nbs/sim/07a_fitting.ipynb #67509a86
 from collections.abc import Sequence
@@ -117,6 +117,11 @@ def held_out_noise(members: Members, r: Records, seed: int) -> tuple[ResidualNoi
     return ResidualNoise(*mixed), [s for s, f in zip(STATES, few, strict=True) if f]
 
 # %% ../../nbs/sim/07a_fitting.ipynb #52366b8b
+def config_to_json(config: FitConfig) -> dict[str, Any]:
+    "The configuration as JSON keeps it."
+    return {**asdict(config), "hidden": list(config.hidden)}
+
+
 def as_simulator(members: Members, ids: Sequence[int | str], **parts: Any) -> Simulator:
     "Fitted members (not of a `LevelODE`) as a simulator."
     assert isinstance(members.ode, HybridODE)
@@ -145,8 +150,8 @@ def fit(
     noise, kept = held_out_noise(members, r, seed)
     stays = {f: int((r.fold == f).sum()) for f in ("train", "val", "test")}
     beyond = dict(zip(ACTIONS, r.capped.round(4).tolist(), strict=True))
-    about = dict(config=asdict(config), seed=seed, stays=stays, doses_beyond_range=beyond, noise_not_held_out=kept)
-    return as_simulator(members, ["population"], noise=noise, meta={"fit": about})
+    about = dict(seed=seed, stays=stays, doses_beyond_range=beyond, noise_not_held_out=kept)
+    return as_simulator(members, ["population"], noise=noise, meta={"fit": {"config": config_to_json(config), **about}})
 
 
 def population_member(population: Simulator) -> Members:
@@ -166,6 +171,6 @@ def fit_individuals(
     r = sequences if isinstance(sequences, Records) else records(sequences)
     own = individual_members(population_member(population), r, config, **how)
     with torch.no_grad(): end = track(own.ode, own.prior, r, paired=True).end
-    meta = {"fit": {**population.meta.get("fit", {}), "individual": asdict(config)}}
+    meta = {"fit": {**population.meta.get("fit", {}), "individual": config_to_json(config)}}
     ids = [int(i) for i in r.stay_id]
     return as_simulator(own, ids, level=end.level[:, 0], noise=population.noise, prior=None, meta=meta)
