@@ -250,7 +250,9 @@ def test_blackouts_are_drawn_by_seed_and_epoch(r):
     assert torch.equal(a, b) and not torch.equal(a, c) and not blackouts(r, FitConfig(blackout=0.0), 0, 1).any()
 
 
-@pytest.mark.parametrize("wrong", [dict(physics="x"), dict(epochs=0), dict(lr=-1.0), dict(blackout=2.0), dict(bound=0.0)])
+@pytest.mark.parametrize(
+    "wrong", [dict(physics="x"), dict(epochs=0), dict(lr=-1.0), dict(blackout=2.0), dict(bound=0.0)]
+)
 def test_config_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): FitConfig(**wrong)
 

@@ -6,8 +6,8 @@
 __all__ = ['Id', 'Backend', 'ODES', 'FORMAT', 'SEPTIC', 'BETWEEN', 'WITHIN', 'named', 'check_states', 'check_hours',
            'check_treatment', 'check_ids', 'rows_of', 'PatientDivergence', 'Noise', 'Patients', 'PatientFlow',
            'PatientPath', 'describe', 'build', 'describe_noise', 'empty_noise', 'select_noise', 'take',
-           'empty_surrogate', 'describe_surrogate', 'write_files', 'read_files', 'starting_states', 'septic_states',
-           'Simulator']
+           'empty_surrogate', 'describe_surrogate', 'describe_parts', 'empty_parts', 'write_files', 'read_files',
+           'starting_states', 'septic_states', 'Simulator']
 
 # %% ../../nbs/sim/06_simulator.ipynb #443d8ada
 import json
@@ -278,6 +278,22 @@ def describe_surrogate(surrogate: Surrogate) -> dict[str, Any]:
     shape, own = list(surrogate.code.shape), surrogate.own is not None
     return {"columns": shape, "own": own, "config": asdict(surrogate.config), "domain": asdict(surrogate.domain)}
 
+
+def describe_parts(
+    ode: Body, surrogate: Surrogate | None, noise: Noise | None, prior: PatientFilter | None
+) -> dict[str, Any]:
+    "What `empty_parts` needs."
+    fast = None if surrogate is None else describe_surrogate(surrogate)
+    rows = None if prior is None else len(prior.level_mean)
+    return {"ode": describe(ode), "surrogate": fast, "noise": describe_noise(noise), "prior": rows}
+
+
+def empty_parts(said: dict[str, Any]) -> dict[str, Any]:
+    "The parts of a simulator, whose tensors are yet to be loaded."
+    fast = None if said["surrogate"] is None else empty_surrogate(said["surrogate"])
+    prior = None if said["prior"] is None else PatientFilter(said["prior"])
+    return {"ode": build(said["ode"]), "surrogate": fast, "noise": empty_noise(said["noise"]), "prior": prior}
+
 # %% ../../nbs/sim/06_simulator.ipynb #2f566701
 def write_files(folder: str | Path, tensors: dict[str, Tensor], said: dict[str, Any]) -> None:
     "Write simulator.safetensors and simulator.json into a new folder. ValueError if it is taken."
@@ -370,20 +386,14 @@ class Simulator(PatientPath):
 
     def save(self, folder: str | Path) -> None:
         "Write the simulator into a new folder, whole or not at all. ValueError if the folder is taken."
-        write_files(folder, self.state_dict(), {
-            "ode": describe(self.ode), "surrogate": self.surrogate and describe_surrogate(self.surrogate),
-            "noise": describe_noise(self.noise), "prior": self.prior and len(self.prior.level_mean),
-            "ids": self.ids, "meta": self.meta,
-        })
+        parts = describe_parts(self.ode, self.surrogate, self.noise, self.prior)
+        write_files(folder, self.state_dict(), {**parts, "ids": self.ids, "meta": self.meta})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Simulator":
         "The simulator that `save` wrote, needing no gradient. Errors as in `read_files` and `build`."
         tensors, said = read_files(folder)
-        fast = said["surrogate"] and empty_surrogate(said["surrogate"])
-        prior = said["prior"] and PatientFilter(said["prior"])
-        sim = cls(build(said["ode"]), ids=said["ids"], surrogate=fast, noise=empty_noise(said["noise"]), prior=prior,
-                  meta=said["meta"])
+        sim = cls(**empty_parts(said), ids=said["ids"], meta=said["meta"])
         sim.load_state_dict(tensors)
         if sim.surrogate is not None: sim.surrogate.settle()
         return sim.requires_grad_(False)
