@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['SEPSIS_STATES', 'SEPSIS_TREATMENTS', 'NODES', 'Quantity', 'Treatment', 'Hazard', 'Charting', 'icu_charting',
-           'Condition', 'Septic', 'share_above', 'Outcome', 'Watch', 'outcome', 'simpson', 'surrogate_outcome']
+           'Condition', 'Septic', 'share_above', 'Outcome', 'Watch', 'outcome', 'simpson', 'surrogate_outcome',
+           'states_at']
 
 # %% ../../nbs/sim/11_condition.ipynb #1e213c90
 import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from .observation import GROUPS, VARIABLES
-from .odesolve import Dynamics, carry, check_finite, check_interval, check_start, walk, with_zeros
+from .odesolve import Dynamics, advance, carry, check_finite, check_interval, check_start, walk, with_zeros
 from .physiology import HIGH, LOW, STATES, UNITS, SepsisODE, project, reward_rate, smooth_sofa
-from .response import ResponseWarning, check_responses
+from .response import ResponseWarning, check_responses, in_words
 from .simulator import Id, Simulator
 
 # %% ../../nbs/sim/11_condition.ipynb #a7c69105
@@ -99,6 +100,7 @@ class Condition:
     horizon_h: float  # of an episode, and the shortest and longest interval between two decisions
     dt_min_h: float
     dt_max_h: float
+    durations_h: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 12.0, 24.0)  # of the discrete grid
     step_h: float = 0.125  # of the solver, and its first step after a change of dose
     first_h: float = 0.01
     charting: Charting | None = None
@@ -160,8 +162,8 @@ class Condition:
         "Sd (K, B, n) of the normalised state's random part after `dt` (K, B) hours, None without a noise model."
         return None
 
-    def flags(self) -> list[dict[str, Any]]:
-        "What is known to be wrong with the responses of these patients to treatment; [] if nothing is."
+    def flags(self) -> list[str]:
+        "What is known to be wrong with the responses of these patients to treatment, in words; [] if nothing is."
         return []
 
 # %% ../../nbs/sim/11_condition.ipynb #f19ad07a
@@ -227,13 +229,12 @@ class Septic(Condition):
     def disturbance(self, dt: Tensor) -> Tensor | None:
         return None if self.model.noise is None else self.model.noise.scale(dt)
 
-    def flags(self) -> list[dict[str, Any]]:
+    def flags(self) -> list[str]:
         if "contradictions" not in self.model.meta and not isinstance(self.model.ode, SepsisODE):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ResponseWarning)
                 self.model.meta["contradictions"] = check_responses(self.model, n_boot=100)
-        found: list[dict[str, Any]] = self.model.meta.get("contradictions", [])
-        return found
+        return [in_words(row) for row in self.model.meta.get("contradictions", [])]
 
 # %% ../../nbs/sim/11_condition.ipynb #d549182f
 def share_above(a: Tensor, b: Tensor) -> Tensor:
@@ -342,3 +343,28 @@ def surrogate_outcome(
         watch.see_all(y, many, hours.diff(dim=0))
         x, gone = torch.where((leg > 0)[..., None], way[-1], x), gone + leg
     return Outcome(check_finite(x, dt, t0), *sums, watch.cost, watch.worst)
+
+# %% ../../nbs/sim/11_condition.ipynb #f2f138de
+def states_at(
+    condition: Condition,
+    x: Tensor,  # (K, B, n)
+    u: Tensor,  # (K, B, m)
+    hours: Tensor,  # (J, K, B) after `t0`, from 0 on, never decreasing
+    t0: Tensor,  # (K, B)
+    backend: Literal["ode", "pinn"] = "ode",
+) -> Tensor:
+    "States (J, K, B, n) after `hours` under `u`."
+    if backend == "ode":
+        states, gone, first = [], torch.zeros_like(t0), condition.first_h
+        for end in hours:
+            if (end > gone).any():
+                x = advance(condition.rate, x, u, end - gone, t0 + gone, step=condition.step_h, first=first)
+                first = condition.step_h  # the dose changes at the start alone
+            states, gone = [*states, x], end
+        return torch.stack(states)
+    out, gone = x.expand(*hours.shape, x.shape[-1]), 0.0
+    while float(hours.max()) > gone:
+        leg = (hours - gone).clamp(0, condition.dense_h)
+        way = condition.dense(x, u, torch.cat([leg, torch.full_like(leg[:1], condition.dense_h)]), t0 + gone)
+        out, x, gone = torch.where((hours > gone)[..., None], way[:-1], out), way[-1], gone + condition.dense_h
+    return out
