@@ -125,7 +125,8 @@ def sensor(announced: bool) -> Charting:
     "A sensor's reading every 5 minutes; what is announced is known exactly and at once."
     n = len(STATES) + len(ANNOUNCED) * announced
     seen, noise, delay = (1.0, 0.0, 0.0, 1.0, 1.0), (10.0, 0.0, 0.0, 0.0, 0.0), (0.1, 0.0, 0.0, 0.0, 0.0)
-    return Charting((1 / 12,) * n, seen[:n], seen[:n], noise[:n], (0, 2, 0, 2, 0)[:n], delay[:n], (0, 1, 2, 3, 3)[:n], 100.0)
+    decimals, group = (0, 2, 0, 2, 0), (0, 1, 2, 3, 3)
+    return Charting((1 / 12,) * n, seen[:n], seen[:n], noise[:n], decimals[:n], delay[:n], group[:n], sick_at=100.0)
 
 # %% ../../nbs/sim/12_glucose.ipynb #4b898a09
 class Glucose(Textbook):
