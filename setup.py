@@ -29,6 +29,6 @@ setup(
     install_requires=c["requirements"].split(),
     extras_require=extras,
     entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
-    package_data={c["lib_name"]: ["py.typed", "data/*.csv"]},
+    package_data={c["lib_name"]: ["py.typed", "data/*.csv", "envs/septic/*"]},
     zip_safe=False,
 )

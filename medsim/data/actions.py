@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['S', 'ACTION_SPECS', 'ActionSpec', 'dose_bin', 'fit_edges', 'bin_doses', 'middle_doses', 'checked_bins', 'empty_bins',
            'SepsisGrid', 'predicted_body_weight', 'three_levels', 'VentilationGrid', 'scale_dose', 'unscale_dose',
-           'Continuous', 'action_spec_from_dict']
+           'Continuous', 'Treatments', 'action_spec_from_dict']
 
 # %% ../../nbs/data/12_actions.ipynb #6ab6f7e5
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -273,7 +274,43 @@ class Continuous(ActionSpec):
         return {name: float(np.mean(_checked(name, x) > most)) for name, x, most in doses}
 
 # %% ../../nbs/data/12_actions.ipynb #7533c901
-ACTION_SPECS: dict[str, type[ActionSpec]] = {c.__name__: c for c in (SepsisGrid, VentilationGrid, Continuous)}
+@dataclass(frozen=True)
+class Treatments(ActionSpec):
+    """Numbers in [0, 1] between the treatments' `low` and `high` doses; with `levels` (of doses), one integer.
+
+    Raises ValueError unless every treatment has its unit, its range and, if any has, its levels within it.
+    """
+
+    treatments: tuple[str, ...]
+    units: tuple[str, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    levels: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        put, m = object.__setattr__, len(self.treatments)
+        put(self, "levels", tuple(tuple(v) for v in self.levels))  # JSON has lists
+        if not {len(self.units), len(self.low), len(self.high), len(self.levels or self.low)} == {m} or not m:
+            raise ValueError("treatments: each needs one unit, low, high and, on a grid, its levels")
+        for name, a, b, values in zip(self.treatments, self.low, self.high, self.levels or ((),) * m, strict=True):
+            if not a < b or not all(a <= v <= b for v in values) or (self.levels and not values):
+                raise ValueError(f"treatment {name}: needs low < high and levels between them")
+        rows = product(*self.levels) if self.levels else ()
+        pairs = [zip(self.treatments, row, strict=True) for row in rows]
+        names = [" ".join(f"{n} {v:g}" for n, v in pair) for pair in pairs]
+        put(self, "discrete", bool(self.levels))
+        put(self, "n", len(names) if self.levels else m)
+        put(self, "names", tuple(names) if self.levels else self.treatments)
+
+    def decode(self, action: Any) -> np.ndarray:
+        "Doses (..., m) of actions (..., m) in [0, 1], or of integers (...). Raises ValueError for what is neither."
+        if self.discrete: return np.array(list(product(*self.levels)))[_checked_ids(action, self.n)]
+        a = _checked("action", action, 0, 1, "squash or clip a policy's output first")
+        return np.array(self.low) + a * (np.array(self.high) - np.array(self.low))
+
+# %% ../../nbs/data/12_actions.ipynb #24159082
+_KINDS = (SepsisGrid, VentilationGrid, Continuous, Treatments)
+ACTION_SPECS: dict[str, type[ActionSpec]] = {c.__name__: c for c in _KINDS}
 
 
 def action_spec_from_dict(d: dict[str, Any]) -> ActionSpec:

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['SEPSIS_STATES', 'SEPSIS_TREATMENTS', 'NODES', 'Quantity', 'Treatment', 'Hazard', 'Charting', 'icu_charting',
-           'Condition', 'Septic', 'share_above', 'Outcome', 'Watch', 'outcome', 'simpson', 'surrogate_outcome',
-           'states_at']
+           'Condition', 'Septic', 'share_above', 'Outcome', 'Way', 'solve', 'with_middles', 'accounts', 'settle',
+           'outcome', 'simpson', 'surrogate_outcome', 'surrogate_at']
 
 # %% ../../nbs/sim/11_condition.ipynb #1e213c90
 import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from .observation import GROUPS, VARIABLES
-from .odesolve import Dynamics, advance, carry, check_finite, check_interval, check_start, walk, with_zeros
+from .odesolve import Dynamics, check_finite, check_interval, check_start, walk
 from .physiology import HIGH, LOW, STATES, UNITS, SepsisODE, project, reward_rate, smooth_sofa
 from .response import ResponseWarning, check_responses, in_words
 from .simulator import Id, Simulator
@@ -143,6 +143,10 @@ class Condition:
         "The same condition with its tensors on `device`."
         raise NotImplementedError
 
+    def population(self) -> Self:
+        "The mean patient, with the id 'population'. ValueError where there is none."
+        raise ValueError(f"{self.name}: there is no population here; choose one of the ids")
+
     def visible(self, x: Tensor, t: Tensor) -> Tensor:
         "What a full observation shows (K, B, len(states)), normalised."
         return x[..., : len(self.states)]
@@ -214,6 +218,11 @@ class Septic(Condition):
 
     def to(self, device: str | torch.device) -> "Septic": return self._over(copy.deepcopy(self.model).to(device))
 
+    def population(self) -> "Septic":
+        if not isinstance(self.model.ode, SepsisODE): return super().population()
+        where = {"device": self.model.mean0.device, "dtype": self.model.mean0.dtype}
+        return self._over(Simulator(SepsisODE().to(**where).requires_grad_(False), ids=["population"]))
+
     def _over(self, model: Simulator) -> "Septic":
         return Septic(model, lactate_limit=self.hazards[0].limit, oxygen_penalty=self.oxygen_penalty)
 
@@ -258,30 +267,74 @@ class Outcome(NamedTuple):
         return (self.worst > 0).any(-1)
 
 # %% ../../nbs/sim/11_condition.ipynb #cdf0cea5
-class Watch:
-    "Hours with some hazard, and the largest margins, from one state to the next."
+class Way(NamedTuple):
+    "An interval as it was solved: J + 1 states, their hours since the visit and their slopes per hour."
 
-    def __init__(self, condition: Condition, x: Tensor, u: Tensor) -> None:
-        self.condition, self.u = condition, u
-        self.worst = condition.margins(condition.to_physical(x), u)
-        self.last = self.worst.amax(-1)
-        self.cost = torch.zeros_like(self.last)
+    x: Tensor  # (J + 1, K, B, n)
+    hours: Tensor  # (J + 1, K, B)
+    slope: Tensor  # (J + 1, K, B, n)
 
-    def see(self, x: Tensor, hours: Tensor) -> None:
-        "The state `x` (K, B, n) is reached, `hours` (K, B) after the one before."
-        margins = self.condition.margins(self.condition.to_physical(x), self.u)
-        now = margins.amax(-1)
-        self.cost = self.cost + hours * share_above(self.last, now)
-        self.worst, self.last = torch.maximum(self.worst, margins), now
+    def at(self, hours: Tensor) -> Tensor:
+        "States (M, K, B, n) after `hours` (M, K, B); before the first and after the last they stand still."
+        t = hours.to(self.hours).clamp(self.hours[:1], self.hours[-1:])
+        grid, asked = (v.movedim(0, -1).contiguous() for v in (self.hours, t))
+        j = torch.searchsorted(grid, asked, right=True).movedim(-1, 0).clamp(1, len(self.hours) - 1)
+        begin, h = self.hours.gather(0, j - 1), self.hours.gather(0, j) - self.hours.gather(0, j - 1)
+        z, i = ((t - begin) / h.clamp(min=1e-12))[..., None], j[..., None].expand(*j.shape, self.x.shape[-1])
+        x0, x1, f0, f1 = (v.gather(0, k) for v in (self.x, self.slope) for k in (i - 1, i))
+        state = (1 + 2 * z) * (1 - z) ** 2 * x0 + z**2 * (3 - 2 * z) * x1
+        return state + h[..., None] * z * (1 - z) * ((1 - z) * f0 - z * f1)
 
-    def see_all(self, y: Tensor, u: Tensor, hours: Tensor) -> None:
-        "Physical states `y` (J + 1, K, B, n), the first where it stands; `hours` (J, K, B) between them."
-        margins = self.condition.margins(y, u)
-        top = margins.amax(-1)
-        self.cost = self.cost + (hours * share_above(top[:-1], top[1:])).sum(0)
-        self.worst, self.last = torch.maximum(self.worst, margins.amax(0)), top[-1]
 
-# %% ../../nbs/sim/11_condition.ipynb #c4a0971c
+def solve(
+    condition: Condition, x: Tensor, u: Tensor, dt: Tensor, t0: Tensor, step: float | None = None,
+    first: float | None = None,
+) -> Way:
+    "The way from `x` (K, B, n) under `u` (K, B, m) for `dt` (K, B) hours from `t0` (K, B) on, by `rk4`."
+    steps = list(walk(condition.rate, x, u, dt, t0, step or condition.step_h, first or condition.first_h))
+    way = torch.stack([x, *(state for state, _ in steps)])
+    hours = torch.stack([torch.zeros_like(dt), *(h for _, h in steps)]).cumsum(0)
+    check_finite(way[-1], dt, t0)
+    j, k, b, n = way.shape
+    side_by_side = way.transpose(0, 1).reshape(k, j * b, n)
+    slope = condition.rate(side_by_side, u.repeat(1, j, 1), (t0 + hours).transpose(0, 1).reshape(k, j * b))
+    return Way(way, hours, slope.view(k, j, b, n).transpose(0, 1))
+
+# %% ../../nbs/sim/11_condition.ipynb #8057b1ea
+def with_middles(way: Way) -> tuple[Tensor, Tensor, Tensor]:
+    "States (2J + 1, K, B, n) at the ends and middles of the steps, their hours and Simpson's weights (2J + 1, K, B)."
+    h = way.hours.diff(dim=0)
+    middle = (way.x[:-1] + way.x[1:]) / 2 + h[..., None] / 8 * (way.slope[:-1] - way.slope[1:])
+    states, hours, weight = (v.new_zeros(2 * len(v) - 1, *v.shape[1:]) for v in (way.x, way.hours, way.hours))
+    states[::2], states[1::2] = way.x, middle
+    hours[::2], hours[1::2] = way.hours, (way.hours[:-1] + way.hours[1:]) / 2
+    weight[1::2] = 4 / 6 * h
+    weight[:-1:2] += h / 6
+    weight[2::2] += h / 6
+    return states, hours, weight
+
+# %% ../../nbs/sim/11_condition.ipynb #76ac00e6
+def accounts(
+    condition: Condition, way: Tensor, u: Tensor, hours: Tensor, weight: Tensor, gamma: float
+) -> tuple[Tensor, ...]:
+    """Reward, discounted reward, severity, hours in danger (K, B) and the worst margins (K, B, H) of a way.
+
+    States `way` (M, K, B, n) at `hours` (M, K, B) since the visit; an integral is the sum of `weight` (M, K, B) x rate.
+    """
+    y, many = condition.to_physical(way), u.expand(len(way), *u.shape)
+    reward, margins = condition.reward_rate(y, many), condition.margins(y, many)
+    top = margins.amax(-1)
+    danger = (hours.diff(dim=0) * share_above(top[:-1], top[1:])).sum(0)
+    rates = torch.stack([reward, reward * gamma**hours, condition.severity(y, many)])
+    return *(rates * weight).sum(1), danger, margins.amax(0)
+
+
+def settle(condition: Condition, way: Way, u: Tensor, gamma: float) -> Outcome:
+    "What came of the interval that was solved."
+    states, hours, weight = with_middles(way)
+    return Outcome(way.x[-1], *accounts(condition, states, u, hours, weight, gamma))
+
+# %% ../../nbs/sim/11_condition.ipynb #e025d18c
 def outcome(
     condition: Condition,
     x: Tensor,  # (K, B, n)
@@ -295,27 +348,15 @@ def outcome(
 ) -> Outcome:
     """State, reward, severity, hours in danger and the worst of each hazard over one interval, by `rk4`.
 
-    The worst is that of the step ends: too mild by at most step^2 / 8 times the largest curvature of the margin per
-    hour^2. Errors as in `flow`; ValueError if `gamma` is not in (0, 1].
+    The worst is that of the ends and middles of steps: too mild by at most step^2 / 32 times the largest curvature of
+    the margin per hour^2. Errors as in `flow`; ValueError if `gamma` is not in (0, 1].
     """
     if not 0 < gamma <= 1: raise ValueError(f"gamma must lie in (0, 1], per hour, not {gamma}")
     check_interval(dt)
     check_start(x, u, t0)
-    n, hours = x.shape[-1], torch.as_tensor(dt, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
+    hours = torch.as_tensor(dt, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
     begin = torch.as_tensor(t0, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
-
-    def running(x: Tensor, u: Tensor, t: Tensor) -> Tensor:
-        y = condition.to_physical(x)
-        r = condition.reward_rate(y, u)
-        return torch.stack([r, r * gamma ** (t - begin), condition.severity(y, u)], -1)
-
-    z, watch = with_zeros(x, 3), Watch(condition, x, u)
-    steps = step or condition.step_h, first or condition.first_h
-    for now, h in walk(carry(condition.rate, running, n), z, u, hours, begin, *steps):
-        watch.see(now[..., :n], h)
-        z = now
-    check_finite(z, hours, begin)
-    return Outcome(z[..., :n], *z[..., n:].unbind(-1), watch.cost, watch.worst)
+    return settle(condition, solve(condition, x, u, hours, begin, step, first), u, gamma)
 
 # %% ../../nbs/sim/11_condition.ipynb #02d40679
 NODES = 24  # pieces of an interval, even
@@ -331,37 +372,20 @@ def surrogate_outcome(
 ) -> Outcome:
     "`outcome` by the condition's surrogate; `dt` and `t0` are (K, B) hours, unchecked. In legs of at most `dense_h`."
     z = torch.linspace(0, 1, NODES + 1, dtype=x.dtype, device=x.device).view(-1, 1, 1)
-    weight = 2 * z * x.new_tensor(simpson(NODES)).view(-1, 1, 1)
-    watch, gone, sums = Watch(condition, x, u), torch.zeros_like(dt), x.new_zeros(3, *dt.shape)
+    share = 2 * z * x.new_tensor(simpson(NODES)).view(-1, 1, 1)
+    gone, end, way, hours, weight = torch.zeros_like(dt), x, [x[None]], [torch.zeros_like(dt)[None]], [0 * dt[None]]
     while float((left := dt - gone).max()) > 0:
         leg = left.clamp(max=condition.dense_h)
-        hours = leg * z.square()
-        way = torch.cat([x[None], condition.dense(x, u, hours[1:], t0 + gone)])
-        y, many = condition.to_physical(way), u.expand(len(z), *u.shape)
-        r, ill = condition.reward_rate(y, many), condition.severity(y, many)
-        sums = sums + (leg * weight * torch.stack([r, r * gamma ** (gone + hours), ill])).sum(1)
-        watch.see_all(y, many, hours.diff(dim=0))
-        x, gone = torch.where((leg > 0)[..., None], way[-1], x), gone + leg
-    return Outcome(check_finite(x, dt, t0), *sums, watch.cost, watch.worst)
+        way.append(condition.dense(end, u, (leg * z.square())[1:], t0 + gone))
+        hours.append(gone + (leg * z.square())[1:])
+        weight.append((leg * share)[1:])  # the first has none
+        end, gone = torch.where((leg > 0)[..., None], way[-1][-1], end), gone + leg
+    check_finite(end, dt, t0)
+    return Outcome(end, *accounts(condition, torch.cat(way), u, torch.cat(hours), torch.cat(weight), gamma))
 
 # %% ../../nbs/sim/11_condition.ipynb #f2f138de
-def states_at(
-    condition: Condition,
-    x: Tensor,  # (K, B, n)
-    u: Tensor,  # (K, B, m)
-    hours: Tensor,  # (J, K, B) after `t0`, from 0 on, never decreasing
-    t0: Tensor,  # (K, B)
-    backend: Literal["ode", "pinn"] = "ode",
-) -> Tensor:
-    "States (J, K, B, n) after `hours` under `u`."
-    if backend == "ode":
-        states, gone, first = [], torch.zeros_like(t0), condition.first_h
-        for end in hours:
-            if (end > gone).any():
-                x = advance(condition.rate, x, u, end - gone, t0 + gone, step=condition.step_h, first=first)
-                first = condition.step_h  # the dose changes at the start alone
-            states, gone = [*states, x], end
-        return torch.stack(states)
+def surrogate_at(condition: Condition, x: Tensor, u: Tensor, hours: Tensor, t0: Tensor) -> Tensor:
+    "States (M, K, B, n) `hours` (M, K, B) after `x` at `t0` (K, B), by the surrogate."
     out, gone = x.expand(*hours.shape, x.shape[-1]), 0.0
     while float(hours.max()) > gone:
         leg = (hours - gone).clamp(0, condition.dense_h)
