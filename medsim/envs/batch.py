@@ -55,7 +55,7 @@ class BatchConfig:
 def with_rules(condition: Condition, reward: Rule | None, cost: Rule | None) -> Condition:
     "The condition with another reward rate, or with one hazard of its own, in danger where `cost` is above 0."
     other: Any = copy.copy(condition)
-    if reward is not None: other.reward_rate = reward
+    if reward is not None: other.reward_rate, other.reward_given = reward, lambda y, u, severity: reward(y, u)
     if cost is not None:
         other.hazards = (Hazard("cost", "", 0.0),)
         other.measures = lambda y, u: cost(y, u)[..., None]

@@ -7,6 +7,7 @@ __all__ = ['IDS', 'OF_PATIENTS', 'sepsis', 'glucose', 'ventilation', 'make_env',
 
 # %% ../../nbs/envs/06_registration.ipynb #7eb376d7
 from importlib import import_module
+from importlib.resources import files
 from typing import Any
 
 import gymnasium
@@ -14,12 +15,10 @@ import gymnasium
 # %% ../../nbs/envs/06_registration.ipynb #c6eb29be
 def sepsis(n_patients: int = 110, seed_patients: int = 0) -> Any:
     "Virtual septic patients with the surrogate that the package carries."
-    from pathlib import Path
-
     from medsim.sim.condition import Septic
     from medsim.sim.simulator import Simulator
 
-    kept = Simulator.load(Path(__file__).parent / "septic")
+    kept = Simulator.load(str(files("medsim.envs") / "septic")).double()
     if (n_patients, seed_patients) == (len(kept.ids), 0): return Septic(kept)
     sim = Simulator.virtual(n_patients, seed_patients)
     assert kept.surrogate is not None
@@ -27,7 +26,7 @@ def sepsis(n_patients: int = 110, seed_patients: int = 0) -> Any:
     return Septic(sim)
 
 
-def glucose(n_patients: int = 100, seed_patients: int = 0, announced: bool = True) -> Any:
+def glucose(n_patients: int = 100, seed_patients: int = 0, announced: bool = False) -> Any:
     "Virtual type 1 diabetics; `announced`: whether meals are."
     from medsim.sim.glucose import Glucose
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.counter import derive, uniform
 from .batch import BatchConfig, TreatmentBatch, warn_of_flags
+from .partial import visible_values
 from .timing import Timing
 from ..sim.condition import Condition, Septic
 from ..sim.simulator import Id, Simulator, rows_of
@@ -145,7 +146,7 @@ class OnePatient(gymnasium.Env[np.ndarray, Any]):
         u = given if batch.grid is None else batch.grid[given]
         u = u[: len(condition.treatments)].double().cpu().numpy()
         hours = torch.linspace(0, dt, max(3, int(4 * dt) + 1), dtype=torch.float64, device=batch.device)
-        y = condition.to_physical(batch.way(hours.view(-1, 1, 1)))[:, 0, 0, : len(condition.states)].cpu().numpy()
+        y = visible_values(condition, batch.way(hours.view(-1, 1, 1)), t0 + hours.view(-1, 1, 1))[:, 0, 0].cpu().numpy()
         low, high = (np.array([getattr(t, end) for t in condition.treatments]) for end in ("low", "high"))
         at = t0 + hours.cpu().numpy()
         self.course.add(at, y, low + u * (high - low))

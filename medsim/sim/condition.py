@@ -19,7 +19,17 @@ from torch import Tensor
 
 from .observation import GROUPS, VARIABLES
 from .odesolve import Dynamics, check_finite, check_interval, check_start, walk
-from .physiology import HIGH, LOW, STATES, UNITS, SepsisODE, project, reward_rate, smooth_sofa
+from medsim.sim.physiology import (
+    HIGH,
+    LOW,
+    STATES,
+    UNITS,
+    SepsisODE,
+    project,
+    reward_rate,
+    smooth_sofa,
+    treatment_price,
+)
 from .response import ResponseWarning, check_responses, in_words
 from .simulator import Id, Simulator
 
@@ -127,6 +137,10 @@ class Condition:
         "How ill (K, B)."
         raise NotImplementedError
 
+    def reward_given(self, y: Tensor, u: Tensor, severity: Tensor) -> Tensor:
+        "`reward_rate` where the severity is known already; worth saying for a reward that is made of it."
+        return self.reward_rate(y, u)
+
     def measures(self, y: Tensor, u: Tensor) -> Tensor:
         "The quantities (K, B, H) of the H `hazards`, in their units."
         raise NotImplementedError
@@ -206,6 +220,9 @@ class Septic(Condition):
 
     def reward_rate(self, y: Tensor, u: Tensor) -> Tensor: return reward_rate(y, u, self.oxygen_penalty)
 
+    def reward_given(self, y: Tensor, u: Tensor, severity: Tensor) -> Tensor:
+        return -severity - treatment_price(u, self.oxygen_penalty)
+
     def severity(self, y: Tensor, u: Tensor) -> Tensor: return smooth_sofa(y, 0.5 * u[..., 1])
 
     def measures(self, y: Tensor, u: Tensor) -> Tensor: return y[..., 5:6]
@@ -232,8 +249,9 @@ class Septic(Condition):
         if t0.amax() > surrogate.domain.t0_high or hours.amax() > surrogate.domain.dt_high:
             raise ValueError(f"the surrogate knows {surrogate.domain.dt_high:g} h from a start in the first "
                              f"{surrogate.domain.t0_high:g} h; fit one on a wider Domain or take backend='ode'")
-        weights = surrogate.coefficients(*(v.float() for v in (x, u, t0)))
-        return x + surrogate.moved(weights, hours.movedim(0, -1).float()).movedim(-1, 0).to(x)
+        like = surrogate.code  # in the surrogate's own precision
+        weights = surrogate.coefficients(*(v.to(like) for v in (x, u, t0)))
+        return x + surrogate.moved(weights, hours.movedim(0, -1).to(like)).movedim(-1, 0).to(x)
 
     def disturbance(self, dt: Tensor) -> Tensor | None:
         return None if self.model.noise is None else self.model.noise.scale(dt)
@@ -322,10 +340,11 @@ def accounts(
     States `way` (M, K, B, n) at `hours` (M, K, B) since the visit; an integral is the sum of `weight` (M, K, B) x rate.
     """
     y, many = condition.to_physical(way), u.expand(len(way), *u.shape)
-    reward, margins = condition.reward_rate(y, many), condition.margins(y, many)
+    severity, margins = condition.severity(y, many), condition.margins(y, many)
+    reward = condition.reward_given(y, many, severity)
     top = margins.amax(-1)
     danger = (hours.diff(dim=0) * share_above(top[:-1], top[1:])).sum(0)
-    rates = torch.stack([reward, reward * gamma**hours, condition.severity(y, many)])
+    rates = torch.stack([reward, reward * gamma**hours, severity])
     return *(rates * weight).sum(1), danger, margins.amax(0)
 
 

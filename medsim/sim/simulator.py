@@ -155,7 +155,7 @@ class PatientFlow(Patients):
             if backend == "ode": end = advance(self.ode.rate, x, u, dt, t0)
             elif backend != "pinn": raise ValueError(f"unknown backend {backend!r}; choose ode or pinn")
             elif self.surrogate is None: raise ValueError("no surrogate here; fit one with fit_surrogate or take 'ode'")
-            else: end = self.surrogate.flow(*(v.float() for v in (x, u, dt, t0))).to(x)
+            else: end = self.surrogate.flow(*(v.to(self.surrogate.code) for v in (x, u, dt, t0))).to(x)
             if generator is not None and self.noise is not None: end = self.noise.sample(end, dt, generator).to(end)
             return end if torch.isfinite(end.sum()) else check_finite(end, dt, t0)
         except DivergenceError as error:
