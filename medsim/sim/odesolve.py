@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['Rate', 'SOLVERS', 'unit_time', 'rk4_step', 'warm_up', 'edges', 'walk', 'rk4', 'dopri5', 'check_start',
            'DivergenceError', 'check_finite', 'check_interval', 'advance', 'flow', 'path', 'carry', 'with_zeros',
-           'share_above', 'Dynamics', 'Outcome', 'outcome']
+           'Dynamics']
 
 # %% ../../nbs/sim/02_odesolve.ipynb #a5ca26dd
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torchdiffeq
 from torch import Tensor
-
-from .physiology import reward_rate, treatment_price
 
 # %% ../../nbs/sim/02_odesolve.ipynb #33eeec9b
 Rate = Callable[[Tensor, Tensor, Tensor], Tensor]  # rate(x, u, t) per hour; x (K, B, n), u (K, B, 3), t (K, B) in hours
@@ -219,65 +217,10 @@ def with_zeros(x: Tensor, m: int) -> Tensor:
     "`x` (..., n) with `m` zeros behind it: integrals about to start."
     return torch.cat([x, x.new_zeros(*x.shape[:-1], m)], -1)
 
-# %% ../../nbs/sim/02_odesolve.ipynb #5ed1541a
-def share_above(a: Tensor, b: Tensor) -> Tensor:
-    "Share of a step that a straight line from `a` to `b` spends above zero."
-    return (a.relu() + b.relu()) / (a.abs() + b.abs()).clamp(min=1e-30)
-
-# %% ../../nbs/sim/02_odesolve.ipynb #2b47bb32
+# %% ../../nbs/sim/02_odesolve.ipynb #acf172b8
 class Dynamics(Protocol):
     "Anything with a rate and physical units: the physiologies, a hybrid, a simulator."
 
     def rate(self, x: Tensor, u: Tensor, t: Tensor) -> Tensor: ...
 
     def to_physical(self, x: Tensor) -> Tensor: ...
-
-
-class Outcome(NamedTuple):
-    "What came of an interval; every field but `x` is (K, B)."
-
-    x: Tensor  # (K, B, 6), state at the end
-    reward: Tensor  # integral of gamma^s r, s hours since the start of the interval
-    sofa: Tensor  # integral of smooth SOFA, points x hours
-    cost: Tensor  # hours with lactate above the limit
-    peak: Tensor  # highest lactate, mmol/L, both ends included
-    violated: Tensor  # bool: the peak is above the limit
-
-# %% ../../nbs/sim/02_odesolve.ipynb #c3bc5f1f
-def outcome(
-    model: Dynamics,
-    x: Tensor,  # (K, B, 6)
-    u: Tensor,  # (K, B, 3), constant over the interval
-    dt: Tensor | float,  # hours > 0, a number or (K, B)
-    t0: Tensor | float = 0.0,  # hours since admission at the start
-    *,
-    gamma: float = 0.997,  # discount per hour
-    limit: float = 4.0,  # lactate, mmol/L
-    oxygen_penalty: float = 0.0,  # of `reward_rate`
-    step: float = 0.125,  # of `rk4`, hours
-    first: float = 0.01,
-) -> Outcome:
-    """State, reward, SOFA, hours above the lactate limit, peak lactate and violation over one interval, by `rk4`.
-
-    The peak is the highest of the step ends: too low by at most step^2 / 8 times the largest curvature of lactate
-    per hour^2. Errors as in `flow`; ValueError if `gamma` is not in (0, 1].
-    """
-    if not 0 < gamma <= 1: raise ValueError(f"gamma must lie in (0, 1], per hour, not {gamma}")
-    check_interval(dt)
-    check_start(x, u, t0)
-    hours = torch.as_tensor(dt, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
-    begin = torch.as_tensor(t0, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
-
-    def rewards(x: Tensor, u: Tensor, t: Tensor) -> Tensor:
-        r = reward_rate(model.to_physical(x), u, oxygen_penalty)
-        return torch.stack([r * gamma ** (t - begin), r], -1)
-
-    z, above = with_zeros(x, 2), model.to_physical(x)[..., 5] - limit
-    top, cost = above, torch.zeros_like(above)
-    for state, h in walk(carry(model.rate, rewards), z, u, hours, begin, step, first):
-        now = model.to_physical(state[..., :6])[..., 5] - limit
-        cost, top = cost + h * share_above(above, now), torch.maximum(top, now)
-        z, above = state, now
-    check_finite(z, hours, begin)
-    sofa = -z[..., 7] - treatment_price(u, oxygen_penalty) * hours
-    return Outcome(z[..., :6], z[..., 6], sofa, cost, top + limit, top > 0)
