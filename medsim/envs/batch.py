@@ -124,6 +124,11 @@ def warn_of_flags(condition: Condition) -> None:
 class Rows:
     "K patients of a condition x `copies`: their episodes, clocks and what is seen of them."
 
+    x: Tensor  # (K, B, n) normalised states
+    t: Tensor  # (K, B) hours since the start, float64
+    decision: Tensor  # (K, B) decisions made
+    way: Callable[[Tensor], Tensor]  # states (M, K, B, n) at hours (M, K, B) of the last interval
+
     def __init__(self, condition: Condition, copies: int = 1, config: BatchConfig | None = None) -> None:
         self.config = config or BatchConfig()
         self.shape = (len(condition.ids), copies)

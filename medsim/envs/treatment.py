@@ -143,8 +143,8 @@ class OnePatient(gymnasium.Env[np.ndarray, Any]):
     def _remember(self, given: Tensor, t0: float, dt: float) -> dict[str, Any]:
         "The way since the last decision, remembered for `render`."
         condition, batch = self.condition, self.batch
-        u = given if batch.grid is None else batch.grid[given]
-        u = u[: len(condition.treatments)].double().cpu().numpy()
+        chosen = given if batch.grid is None else batch.grid[given]
+        u = chosen[: len(condition.treatments)].double().cpu().numpy()
         hours = torch.linspace(0, dt, max(3, int(4 * dt) + 1), dtype=torch.float64, device=batch.device)
         y = visible_values(condition, batch.way(hours.view(-1, 1, 1)), t0 + hours.view(-1, 1, 1))[:, 0, 0].cpu().numpy()
         low, high = (np.array([getattr(t, end) for t in condition.treatments]) for end in ("low", "high"))

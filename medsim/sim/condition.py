@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -94,7 +95,7 @@ def icu_charting(names: Sequence[str] = STATES) -> Charting:
     g = GROUPS.loc[v.group]
     return Charting(
         (1.0,) * len(v), tuple(g.calm), tuple(g.sick), tuple(v.noise), tuple(v.decimals.astype(int)),
-        tuple(g.delay_h), tuple(GROUPS.index.get_indexer(v.group).tolist()), sick_at=12.0,
+        tuple(g.delay_h), tuple(GROUPS.index.get_indexer(pd.Index(v.group)).tolist()), sick_at=12.0,
     )
 
 # %% ../../nbs/sim/11_condition.ipynb #1c17b2d1
