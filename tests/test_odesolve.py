@@ -123,7 +123,8 @@ def test_alone_or_in_company(dtype):
     t0 = 50 * torch.rand(7, 3, generator=gen, dtype=dtype)
     here = slice(4, 5), slice(1, 2)
     together, single = outcome(ode, x, u, dt, t0), outcome(alone, x[here], u[here], dt[here], t0[here])
-    assert all(torch.allclose(a[here], b, rtol=30 * torch.finfo(dtype).eps) for a, b in zip(together, single, strict=True))
+    pairs = zip(together, single, strict=True)
+    assert all(torch.allclose(a[here], b, rtol=30 * torch.finfo(dtype).eps) for a, b in pairs)
     assert torch.equal(together.x[here], single.x)  # the states to the last bit, sums over steps to rounding
     assert torch.equal(together.x, flow(ode.rate, x, u, dt, t0))
 

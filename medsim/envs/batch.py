@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rule', 'STARTS', 'NOISE', 'CHARTS', 'BatchConfig', 'with_rules', 'action_grid', 'observation_bounds', 'Step',
-           'describe_step', 'warn_of_flags', 'Rows', 'TreatmentBatch']
+           'describe_step', 'warn_of_flags', 'Rows', 'Running', 'Moving', 'TreatmentBatch']
 
 # %% ../../nbs/envs/03_batch.ipynb #39d78c46
 import copy
@@ -146,6 +146,10 @@ class Rows:
         self.chart = Chart(condition, self.shape, self.timing.horizon_h, device=self.device) if partial else None
         self.episode: Tensor | None = None  # (K, B) number of the episode; None before the first reset
 
+# %% ../../nbs/envs/03_batch.ipynb #e95fc6a2
+class Running(Rows):
+    "Rows whose episodes begin, run and are looked at."
+
     @torch.no_grad()
     def reset(self, seed: Tensor, episode: int = 0) -> Tensor:
         "Begin the rows' `episode` of their seeds (K, B) int64: observations (K, B, D)."
@@ -186,7 +190,40 @@ class Rows:
         return torch.minimum(torch.maximum(obs, self.low), self.high)
 
 # %% ../../nbs/envs/03_batch.ipynb #1d57bc5f
-class TreatmentBatch(Rows):
+class Moving(Running):
+    "Rows that move on by any hours under any doses, decisions or not."
+
+    def move(self, u: Tensor, hours: Tensor) -> Outcome:
+        "Let `hours` (K, B), 0 or more, pass under `u` (K, B, m); no decision is counted and nothing is checked."
+        dt = hours.to(self.dtype)
+        out, self.way = self.treat(self.x, u, dt, self.t.to(self.dtype))
+        if self.chart is not None: self.chart.record(self.way, u, self.t, hours)
+        self.x = self.disturbed(out.x, dt) if self.config.noise else out.x
+        self.t = torch.where(self.left()[0] - hours <= 1e-9, self.timing.horizon_h, self.t + hours)
+        self.moves = self.moves + 1
+        return out
+
+    def treat(
+        self, x: Tensor, u: Tensor, dt: Tensor, t0: Tensor
+    ) -> tuple[Outcome, Callable[[Tensor], Tensor]]:
+        "What comes of `dt` hours under `u`, and the states on the way as a function of the hours (M, K, B) since `t0`."
+        gamma, condition = self.config.gamma, self.condition
+        if self.config.backend == "ode":
+            solved = solve(condition, x, u, dt, t0)
+            return settle(condition, solved, u, gamma), solved.at
+        out = surrogate_outcome(condition, x, u, dt, t0, gamma=gamma)
+        return out, lambda hours: surrogate_at(condition, x, u, hours.to(x), t0)
+
+    def disturbed(self, x: Tensor, dt: Tensor) -> Tensor:
+        "`x` with the random part of `dt` hours."
+        scale = self.condition.disturbance(dt)
+        assert scale is not None
+        key = derive(self.key, NOISE, self.moves)[..., None]
+        drawn = normal(derive(key, torch.arange(x.shape[-1], device=x.device))).to(x)
+        return check_finite(x + scale * drawn, dt, self.t)
+
+# %% ../../nbs/envs/03_batch.ipynb #994c66b8
+class TreatmentBatch(Moving):
     "K patients of a condition x `copies`, treated at the same time; every array is (K, B, ...)."
 
     def parse(self, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,32 +260,3 @@ class TreatmentBatch(Rows):
         self.decision = self.decision + 1
         info = describe_step(self.condition, before, u, dt, out, self.config.gamma)
         return Step(self.observe(), out.reward - self.timing.price, self.left()[0] <= 0, {**info, "hour": self.t})
-
-    def move(self, u: Tensor, hours: Tensor) -> Outcome:
-        "Let `hours` (K, B), 0 or more, pass under `u` (K, B, m); no decision is counted and nothing is checked."
-        dt = hours.to(self.dtype)
-        out, self.way = self.treat(self.x, u, dt, self.t.to(self.dtype))
-        if self.chart is not None: self.chart.record(self.way, u, self.t, hours)
-        self.x = self.disturbed(out.x, dt) if self.config.noise else out.x
-        self.t = torch.where(self.left()[0] - hours <= 1e-9, self.timing.horizon_h, self.t + hours)
-        self.moves = self.moves + 1
-        return out
-
-    def treat(
-        self, x: Tensor, u: Tensor, dt: Tensor, t0: Tensor
-    ) -> tuple[Outcome, Callable[[Tensor], Tensor]]:
-        "What comes of `dt` hours under `u`, and the states on the way as a function of the hours (M, K, B) since `t0`."
-        gamma, condition = self.config.gamma, self.condition
-        if self.config.backend == "ode":
-            solved = solve(condition, x, u, dt, t0)
-            return settle(condition, solved, u, gamma), solved.at
-        out = surrogate_outcome(condition, x, u, dt, t0, gamma=gamma)
-        return out, lambda hours: surrogate_at(condition, x, u, hours.to(x), t0)
-
-    def disturbed(self, x: Tensor, dt: Tensor) -> Tensor:
-        "`x` with the random part of `dt` hours."
-        scale = self.condition.disturbance(dt)
-        assert scale is not None
-        key = derive(self.key, NOISE, self.moves)[..., None]
-        drawn = normal(derive(key, torch.arange(x.shape[-1], device=x.device))).to(x)
-        return check_finite(x + scale * drawn, dt, self.t)

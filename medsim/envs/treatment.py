@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Whom', 'WHO', 'as_condition', 'settings', 'spaces', 'patients_and_odds', 'draw_course', 'Course', 'OnePatient',
-           'TreatmentEnv']
+           'Watched', 'TreatmentEnv']
 
 # %% ../../nbs/envs/04_treatment.ipynb #c9db6724
 from collections.abc import Mapping, Sequence
@@ -140,6 +140,25 @@ class OnePatient(gymnasium.Env[np.ndarray, Any]):
         drawn = float(uniform(derive(torch.tensor(self.seed), self.episode, WHO)))
         return min(int(np.searchsorted(np.cumsum(self.odds), drawn, side="right")), len(self.odds) - 1)
 
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        "A new episode; a seed begins its series of episodes anew. `options={'patient': id}` chooses whom."
+        super().reset(seed=seed)
+        if seed is not None or self.episode < 0:
+            self.seed, self.episode = int(self.np_random.integers(2**62)) if seed is None else seed, -1
+        self.episode += 1
+        whom = (options or {}).get("patient")
+        row = self._draw() if whom is None else rows_of(self.condition.ids, [whom])[0]
+        if self.batch.condition.ids != [self.condition.ids[row]]: self.batch = self._one(row)
+        obs = self.batch.reset(torch.tensor([[self.seed]]), self.episode)
+        self.course = Course()
+        return obs[0, 0].numpy(), {"patient": self.condition.ids[row]}
+
+# %% ../../nbs/envs/04_treatment.ipynb #12223fe9
+class Watched(OnePatient):
+    "A patient whose course is remembered and drawn."
+
     def _remember(self, given: Tensor, t0: float, dt: float) -> dict[str, Any]:
         "The way since the last decision, remembered for `render`."
         condition, batch = self.condition, self.batch
@@ -152,8 +171,17 @@ class OnePatient(gymnasium.Env[np.ndarray, Any]):
         self.course.add(at, y, low + u * (high - low))
         return {"hours": at, "states": y}
 
-# %% ../../nbs/envs/04_treatment.ipynb #12223fe9
-class TreatmentEnv(OnePatient):
+    def render(self) -> np.ndarray | None:
+        "The course so far as a picture (H, W, 3) uint8; None unless `render_mode` is 'rgb_array'."
+        if self.render_mode is None: return None
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        canvas = FigureCanvasAgg(draw_course(self.condition, *self.course.arrays(self.condition)))
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+# %% ../../nbs/envs/04_treatment.ipynb #768395b9
+class TreatmentEnv(Watched):
     """One patient of a condition at a time.
 
     ## Description
@@ -192,21 +220,6 @@ class TreatmentEnv(OnePatient):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 2}
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        "A new episode; a seed begins its series of episodes anew. `options={'patient': id}` chooses whom."
-        super().reset(seed=seed)
-        if seed is not None or self.episode < 0:
-            self.seed, self.episode = int(self.np_random.integers(2**62)) if seed is None else seed, -1
-        self.episode += 1
-        whom = (options or {}).get("patient")
-        row = self._draw() if whom is None else rows_of(self.condition.ids, [whom])[0]
-        if self.batch.condition.ids != [self.condition.ids[row]]: self.batch = self._one(row)
-        obs = self.batch.reset(torch.tensor([[self.seed]]), self.episode)
-        self.course = Course()
-        return obs[0, 0].numpy(), {"patient": self.condition.ids[row]}
-
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         "Treat until the next decision. ResetNeeded before reset and after the end, ValueError for a bad action."
         given, batch = torch.as_tensor(np.asarray(action)), self.batch
@@ -217,12 +230,3 @@ class TreatmentEnv(OnePatient):
         if self.path or self.render_mode: way = self._remember(given, t0, info["dt"])
         if self.path: info["path"] = way
         return step.obs[0, 0].numpy(), step.reward.item(), bool(step.done), False, info
-
-    def render(self) -> np.ndarray | None:
-        "The course so far as a picture (H, W, 3) uint8; None unless `render_mode` is 'rgb_array'."
-        if self.render_mode is None: return None
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        canvas = FigureCanvasAgg(draw_course(self.condition, *self.course.arrays(self.condition)))
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEPSIS_STATES', 'SEPSIS_TREATMENTS', 'NODES', 'Quantity', 'Treatment', 'Hazard', 'Charting', 'icu_charting',
-           'Condition', 'Septic', 'share_above', 'Outcome', 'Way', 'solve', 'with_middles', 'accounts', 'settle',
-           'outcome', 'simpson', 'surrogate_outcome', 'surrogate_at']
+           'Physics', 'Condition', 'SixStates', 'Septic', 'share_above', 'Outcome', 'Way', 'solve', 'with_middles',
+           'accounts', 'settle', 'outcome', 'simpson', 'surrogate_outcome', 'surrogate_at']
 
 # %% ../../nbs/sim/11_condition.ipynb #1e213c90
 import copy
@@ -20,17 +20,7 @@ from torch import Tensor
 
 from .observation import GROUPS, VARIABLES
 from .odesolve import Dynamics, check_finite, check_interval, check_start, walk
-from medsim.sim.physiology import (
-    HIGH,
-    LOW,
-    STATES,
-    UNITS,
-    SepsisODE,
-    project,
-    reward_rate,
-    smooth_sofa,
-    treatment_price,
-)
+from .physiology import HIGH, LOW, STATES, UNITS, SepsisODE, project, smooth_sofa, treatment_price
 from .response import ResponseWarning, check_responses, in_words
 from .simulator import Id, Simulator
 
@@ -99,22 +89,18 @@ def icu_charting(names: Sequence[str] = STATES) -> Charting:
     )
 
 # %% ../../nbs/sim/11_condition.ipynb #1c17b2d1
-class Condition:
-    "K patients with a condition; every method works on (K, B, ...). A new condition is a subclass."
+class Physics:
+    "How K patients move, where they start, who they are; every method works on (K, B, ...)."
 
     name: str
     states: tuple[Quantity, ...]
     treatments: tuple[Treatment, ...]
-    hazards: tuple[Hazard, ...]
-    severity_name: str  # of what `severity` says, and its unit
-    severity_unit: str
     horizon_h: float  # of an episode, and the shortest and longest interval between two decisions
     dt_min_h: float
     dt_max_h: float
     durations_h: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 12.0, 24.0)  # of the discrete grid
     step_h: float = 0.125  # of the solver, and its first step after a change of dose
     first_h: float = 0.01
-    charting: Charting | None = None
     draws: int  # uniform numbers that decide an episode's start
     ids: list[Id]  # of the K patients
 
@@ -130,25 +116,13 @@ class Condition:
         "The inverse of `to_physical`; also of the `states` alone, (..., len(states))."
         raise NotImplementedError
 
-    def reward_rate(self, y: Tensor, u: Tensor) -> Tensor:
-        "Reward per hour (K, B) of physical states `y` (K, B, n) under `u` (K, B, m)."
-        raise NotImplementedError
-
-    def severity(self, y: Tensor, u: Tensor) -> Tensor:
-        "How ill (K, B)."
-        raise NotImplementedError
-
-    def reward_given(self, y: Tensor, u: Tensor, severity: Tensor) -> Tensor:
-        "`reward_rate` where the severity is known already; worth saying for a reward that is made of it."
-        return self.reward_rate(y, u)
-
-    def measures(self, y: Tensor, u: Tensor) -> Tensor:
-        "The quantities (K, B, H) of the H `hazards`, in their units."
-        raise NotImplementedError
-
     def start(self, uniform: Tensor) -> Tensor:
         "Normalised states (K, B, n) in which episodes start, from `uniform` numbers (K, B, draws) in (0, 1)."
         raise NotImplementedError
+
+    def visible(self, x: Tensor, t: Tensor) -> Tensor:
+        "What a full observation shows (K, B, len(states)), normalised."
+        return x[..., : len(self.states)]
 
     def select(self, ids: Sequence[Id]) -> Self:
         "The same condition of these patients. ValueError naming ids that are unknown."
@@ -162,16 +136,36 @@ class Condition:
         "The mean patient, with the id 'population'. ValueError where there is none."
         raise ValueError(f"{self.name}: there is no population here; choose one of the ids")
 
-    def visible(self, x: Tensor, t: Tensor) -> Tensor:
-        "What a full observation shows (K, B, len(states)), normalised."
-        return x[..., : len(self.states)]
+# %% ../../nbs/sim/11_condition.ipynb #2cfebbf3
+class Condition(Physics):
+    "K patients with a condition; every method works on (K, B, ...). A new condition is a subclass."
+
+    hazards: tuple[Hazard, ...]
+    severity_name: str  # of what `severity` says, and its unit
+    severity_unit: str
+    charting: Charting | None = None
+    dense_h: float = 36.0  # longest interval that `dense` is asked for
+
+    def reward_rate(self, y: Tensor, u: Tensor) -> Tensor:
+        "Reward per hour (K, B) of physical states `y` (K, B, n) under `u` (K, B, m)."
+        raise NotImplementedError
+
+    def reward_given(self, y: Tensor, u: Tensor, severity: Tensor) -> Tensor:
+        "`reward_rate` where the severity is known already; worth saying for a reward that is made of it."
+        return self.reward_rate(y, u)
+
+    def severity(self, y: Tensor, u: Tensor) -> Tensor:
+        "How ill (K, B)."
+        raise NotImplementedError
+
+    def measures(self, y: Tensor, u: Tensor) -> Tensor:
+        "The quantities (K, B, H) of the H `hazards`, in their units."
+        raise NotImplementedError
 
     def margins(self, y: Tensor, u: Tensor) -> Tensor:
         "How far each hazard is on its dangerous side (K, B, H); positive in danger."
         measured = self.measures(y, u).unbind(-1)
         return torch.stack([h.margin(m) for h, m in zip(self.hazards, measured, strict=True)], -1)
-
-    dense_h: float = 36.0  # longest interval that `dense` is asked for
 
     def dense(self, x: Tensor, u: Tensor, hours: Tensor, t0: Tensor) -> Tensor:
         "States (J, K, B, n) after `hours` (J, K, B) by a surrogate. ValueError where there is none."
@@ -194,20 +188,15 @@ SEPSIS_TREATMENTS = (
 )
 
 
-class Septic(Condition):
-    """The septic patients of a `Simulator`, or of any model of the six states.
-
-    `lactate_limit` in mmol/L; `oxygen_penalty` is the price per hour and unit of the FiO2 action above 0.5.
-    """
+class SixStates(Condition):
+    "The patients of a `Simulator`, or of any model of the six states, as a condition's physics."
 
     name, severity_name, severity_unit = "sepsis", "sofa", "points"
     charting = icu_charting()
     states, treatments, draws = SEPSIS_STATES, SEPSIS_TREATMENTS, 6
     horizon_h, dt_min_h, dt_max_h = 96.0, 0.5, 36.0
 
-    def __init__(
-        self, model: Dynamics, *, lactate_limit: float = 4.0, oxygen_penalty: float = 0.0
-    ) -> None:
+    def __init__(self, model: Dynamics, *, lactate_limit: float = 4.0, oxygen_penalty: float = 0.0) -> None:
         self.model: Any = model if isinstance(model, Simulator) else Simulator(model)  # type: ignore[arg-type]
         self.ids = self.model.ids
         self.hazards = (Hazard("lactate", "mmol/L", lactate_limit),)
@@ -219,7 +208,31 @@ class Septic(Condition):
 
     def to_normalised(self, y: Tensor) -> Tensor: return self.model.to_normalised(y)
 
-    def reward_rate(self, y: Tensor, u: Tensor) -> Tensor: return reward_rate(y, u, self.oxygen_penalty)
+    def start(self, uniform: Tensor) -> Tensor:
+        mean, sd = self.model.mean0[:, None], self.model.sd0[:, None]
+        return self.to_normalised(project(self.to_physical(mean + sd * torch.special.ndtri(uniform).to(mean))))
+
+    def select(self, ids: Sequence[Id]) -> Self: return self._over(self.model.select(ids))
+
+    def to(self, device: str | torch.device) -> Self: return self._over(copy.deepcopy(self.model).to(device))
+
+    def population(self) -> Self:
+        if not isinstance(self.model.ode, SepsisODE): return super().population()
+        sim = Simulator(SepsisODE().to(self.model.mean0).requires_grad_(False), ids=["population"])
+        if self.model.surrogate is not None: sim.surrogate = self.model.surrogate.of(sim.ode)
+        return self._over(sim)
+
+    def _over(self, model: Simulator) -> Self:
+        return type(self)(model, lactate_limit=self.hazards[0].limit, oxygen_penalty=self.oxygen_penalty)
+
+# %% ../../nbs/sim/11_condition.ipynb #ff111782
+class Septic(SixStates):
+    """The septic patients of a `Simulator`, or of any model of the six states.
+
+    `lactate_limit` in mmol/L; `oxygen_penalty` is the price per hour and unit of the FiO2 action above 0.5.
+    """
+
+    def reward_rate(self, y: Tensor, u: Tensor) -> Tensor: return self.reward_given(y, u, self.severity(y, u))
 
     def reward_given(self, y: Tensor, u: Tensor, severity: Tensor) -> Tensor:
         return -severity - treatment_price(u, self.oxygen_penalty)
@@ -227,22 +240,6 @@ class Septic(Condition):
     def severity(self, y: Tensor, u: Tensor) -> Tensor: return smooth_sofa(y, 0.5 * u[..., 1])
 
     def measures(self, y: Tensor, u: Tensor) -> Tensor: return y[..., 5:6]
-
-    def start(self, uniform: Tensor) -> Tensor:
-        mean, sd = self.model.mean0[:, None], self.model.sd0[:, None]
-        return self.to_normalised(project(self.to_physical(mean + sd * torch.special.ndtri(uniform).to(mean))))
-
-    def select(self, ids: Sequence[Id]) -> "Septic": return self._over(self.model.select(ids))
-
-    def to(self, device: str | torch.device) -> "Septic": return self._over(copy.deepcopy(self.model).to(device))
-
-    def population(self) -> "Septic":
-        if not isinstance(self.model.ode, SepsisODE): return super().population()
-        where = {"device": self.model.mean0.device, "dtype": self.model.mean0.dtype}
-        return self._over(Simulator(SepsisODE().to(**where).requires_grad_(False), ids=["population"]))
-
-    def _over(self, model: Simulator) -> "Septic":
-        return Septic(model, lactate_limit=self.hazards[0].limit, oxygen_penalty=self.oxygen_penalty)
 
     def dense(self, x: Tensor, u: Tensor, hours: Tensor, t0: Tensor) -> Tensor:
         surrogate = self.model.surrogate
