@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rule', 'STARTS', 'NOISE', 'CHARTS', 'BatchConfig', 'with_rules', 'action_grid', 'observation_bounds', 'Step',
-           'describe_step', 'warn_of_flags', 'Rows', 'Running', 'Moving', 'TreatmentBatch']
+           'describe_step', 'check_condition', 'warn_of_flags', 'Rows', 'Running', 'Moving', 'TreatmentBatch']
 
 # %% ../../nbs/envs/03_batch.ipynb #39d78c46
 import copy
@@ -111,6 +111,34 @@ def describe_step(
         "unsafe_share": out.cost / dt, "violated": out.violated, f"{name}_start": start, f"{name}_end": end,
         f"{name}_mean": out.severity / dt, **worst,
     }
+
+# %% ../../nbs/envs/03_batch.ipynb #d7088135
+@torch.no_grad()
+def check_condition(condition: Condition, tolerance: float = 0.01) -> None:
+    "Raises ValueError naming what a condition lacks, what has a wrong shape, or that its steps are too long (sd)."
+    told = "name states treatments hazards severity_name severity_unit horizon_h dt_min_h dt_max_h draws ids".split()
+    if missing := [name for name in told if not hasattr(condition, name)]:
+        raise ValueError(f"{type(condition).__name__} lacks {', '.join(missing)}")
+    k, s, m, h = (len(v) for v in (condition.ids, condition.states, condition.treatments, condition.hazards))
+    x = condition.start(torch.full((k, 2, condition.draws), 0.5, dtype=torch.float64))
+    u, y = torch.ones(k, 2, m).to(x), condition.to_physical(x)
+    t = torch.zeros(k, 2).to(x)
+    shapes = {
+        "rate": (condition.rate(x, u, t), tuple(x.shape)), "visible": (condition.visible(x, t), (k, 2, s)),
+        "reward_rate": (condition.reward_rate(y, u), (k, 2)), "severity": (condition.severity(y, u), (k, 2)),
+        "measures": (condition.measures(y, u), (k, 2, h)),
+        "to_normalised of the states": (condition.to_normalised(y[..., :s]), (k, 2, s)),
+    }
+    for name, (value, shape) in shapes.items():
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{condition.name}: {name} has shape {tuple(value.shape)}, not {shape}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{condition.name}: {name} is not finite where episodes start")
+    dt, (step, first) = t + min(condition.dt_max_h, condition.horizon_h), (condition.step_h, condition.first_h)
+    whole, half = (solve(condition, x, u, dt, t, step / n, first / n).x[-1] for n in (1, 2))
+    if not (gap := float((whole - half).abs().max())) < tolerance:
+        raise ValueError(f"{condition.name}: steps of {step:g} h are too long, halving them moves a state by {gap:.2g} "
+                         "sd; set a smaller step_h and first_h")
 
 # %% ../../nbs/envs/03_batch.ipynb #31bd3970
 def warn_of_flags(condition: Condition) -> None:

@@ -61,3 +61,8 @@ class Timing:
         last = left_h - dt < 1 / 3600
         if self.kind != "priced": last = last | (left_n <= 1)
         return torch.where(last, left_h, dt)
+
+    def wish(self, hours: float, left_h: float) -> float:
+        "The share in [0, 1] that asks for `hours` when `left_h` are left: the inverse of `hours`, at its nearest end."
+        low, high = min(self.dt_min, left_h), min(self.dt_max, left_h)
+        return min(1.0, max(0.0, (hours - low) / (high - low))) if high > low else 0.0

@@ -8,6 +8,7 @@ __all__ = ['Whom', 'WHO', 'as_condition', 'settings', 'spaces', 'patients_and_od
 
 # %% ../../nbs/envs/04_treatment.ipynb #c9db6724
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import gymnasium
@@ -34,7 +35,14 @@ def settings(
     condition: Condition, *, timing: str = "fixed", budget: int = 10, dt_min: float | None = None,
     dt_max: float | None = None, price: float = 0.0, horizon_h: float | None = None, **rest: Any,
 ) -> BatchConfig:
-    "A `BatchConfig` from an environment's keywords; `rest` are its own fields. ValueError naming a setting at fault."
+    """A `BatchConfig` from an environment's keywords; `rest` are its own fields.
+
+    ValueError naming a setting at fault, TypeError naming a keyword that is unknown.
+    """
+    known = [f.name for f in fields(BatchConfig) if f.name != "timing"]
+    if unknown := sorted(set(rest) - set(known)):
+        also = "patient, path, render_mode, timing, budget, dt_min, dt_max, price, horizon_h"
+        raise TypeError(f"unknown keyword {', '.join(unknown)}; known are {also}, {', '.join(known)}")
     clock = Timing(
         timing, condition.horizon_h if horizon_h is None else horizon_h, budget,  # type: ignore[arg-type]
         condition.dt_min_h if dt_min is None else dt_min, condition.dt_max_h if dt_max is None else dt_max, price,
@@ -164,7 +172,8 @@ class Watched(OnePatient):
         condition, batch = self.condition, self.batch
         chosen = given if batch.grid is None else batch.grid[given]
         u = chosen[: len(condition.treatments)].double().cpu().numpy()
-        hours = torch.linspace(0, dt, max(3, int(4 * dt) + 1), dtype=torch.float64, device=batch.device)
+        points = max(3, int(384 * dt / batch.timing.horizon_h) + 1)  # every quarter of an hour of 96
+        hours = torch.linspace(0, dt, points, dtype=torch.float64, device=batch.device)
         y = visible_values(condition, batch.way(hours.view(-1, 1, 1)), t0 + hours.view(-1, 1, 1))[:, 0, 0].cpu().numpy()
         low, high = (np.array([getattr(t, end) for t in condition.treatments]) for end in ("low", "high"))
         at = t0 + hours.cpu().numpy()
@@ -201,6 +210,10 @@ class TreatmentEnv(Watched):
     ## Rewards
     The integral of the reward rate over the interval, undiscounted, less `price` if priced. `info` has the discounted
     integral and the interval's discount, exp(-beta dt) with exp(-beta) = `gamma` per hour.
+
+    ## Info
+    `dt`, `discount`, `discounted_reward`, `cost` (hours in danger), `unsafe_share`, `violated`, the severity at both
+    ends and its mean, `worst_...` of each hazard's quantity, `hour`; on request `path`.
 
     ## Starting state
     Drawn around the patient's own; the patient is drawn too, unless `patient` is one id.
