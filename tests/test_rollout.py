@@ -114,12 +114,13 @@ def test_episodes_are_whole(timing, discrete, observation, seed):
     assert rollout(rows, uniform_policy(rows), 2, seed=seed + 1).data_hash() != e.data_hash()
 
 
-def test_it_is_what_the_environment_shows():
+@pytest.mark.parametrize("timing", ["adaptive", "priced"])  # priced: rows end at their own time, some twice meanwhile
+def test_it_is_what_the_environment_shows(timing):
     "Replayed by hand: observations, rewards, costs, dt and the last observation."
-    rows, twin = env(timing="adaptive", observation="partial"), env(timing="adaptive", observation="partial")
+    rows, twin = (env(timing=timing, observation="partial", copies=8, dt_max=6.0) for _ in range(2))
     e = rollout(rows, uniform_policy(rows), seed=5)
     obs, _ = twin.reset(seed=5)
-    going = np.ones(6, bool)
+    going = np.ones(24, bool)
     for t in range(e.mask.shape[1]):
         assert np.array_equal(e.mask[:, t], going) and np.allclose(e.obs[going, t], obs[going], atol=1e-6)
         action = np.where(going[:, None], e.action[:, t], 0.5)
