@@ -623,7 +623,6 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="population"): Septic(MedGymODE()).population()
 
 
-@pytest.mark.xfail(strict=True, reason="said in the first step only")
 def test_no_surrogate_is_said_at_once():
     "Not in the first step, when a training run has been set up; nor in the last, where the horizon is too long for it."
     for form in (TreatmentEnv, TreatmentVectorEnv):
@@ -654,7 +653,6 @@ def test_bad_actions_are_named():
     with pytest.raises(ResetNeeded, match="over"): env.step(env.action_space.sample())
 
 
-@pytest.mark.xfail(strict=True, reason="small integers and truth values are taken as a mask")
 @pytest.mark.parametrize("dtype", [np.uint8, np.bool_])
 def test_integers_of_any_size(dtype):
     for env, shape in ((TreatmentEnv(FEW, discrete=True, **PINN), ()),
@@ -670,7 +668,6 @@ def test_unknown_patient_at_reset():
     with pytest.raises(ValueError, match="77"): env.reset(seed=0, options={"patient": 77})
 
 
-@pytest.mark.xfail(strict=True, reason="the count goes on")
 def test_a_refused_reset_is_not_counted():
     env, twin = TreatmentEnv(FEW, **PINN), TreatmentEnv(FEW, **PINN)
     for e in (env, twin): e.reset(seed=0)
@@ -678,7 +675,6 @@ def test_a_refused_reset_is_not_counted():
     assert np.array_equal(env.reset()[0], twin.reset()[0])
 
 
-@pytest.mark.xfail(strict=True, reason="torch's own words, which name neither")
 @pytest.mark.parametrize("rule", [lambda y, u: y[..., :1], lambda y, u: 1.0, lambda y, u: y.sum()])
 def test_rules_of_a_wrong_shape_are_named(rule):
     for which in ("reward", "cost"):

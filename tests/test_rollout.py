@@ -217,7 +217,6 @@ def test_grid_observations_are_charted(timing, observation):
     assert np.allclose(chart.obs[:, 0, :18], e.obs[:, 0, :18])  # the same chart at the start
 
 
-@pytest.mark.xfail(strict=True, reason="on the grid nothing is new at the first decision")
 def test_grid_under_partial_observation_is_the_same_treatment():
     "What the grid records besides does not change what the policy sees."
     rows = env(observation="partial", timing="adaptive", backend="ode")

@@ -554,8 +554,9 @@ def test_an_interruption_at_any_step_leaves_no_store(tmp_path, once, monkeypatch
 def test_ctrl_c_during_the_extraction_of_the_mimic_iv_demo(mimic4_demo, mimic4_store, tmp_path):
     "At several moments: a KeyboardInterrupt, nothing left, a clean end, and the same bytes from a second run."
     code = """if True:
-        import sys
+        import signal, sys
         from medsim.data.store import extract
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
         print("ready", flush=True)
         try: extract(sys.argv[1], sys.argv[2], progress=False)
         except KeyboardInterrupt: print("interrupted", flush=True)

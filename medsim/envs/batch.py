@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rule', 'STARTS', 'NOISE', 'CHARTS', 'BatchConfig', 'with_rules', 'action_grid', 'observation_bounds', 'Step',
-           'describe_step', 'check_condition', 'warn_of_flags', 'Rows', 'Running', 'Moving', 'TreatmentBatch']
+           'describe_step', 'check_condition', 'warn_of_flags', 'try_once', 'Rows', 'Running', 'Moving',
+           'TreatmentBatch']
 
 # %% ../../nbs/envs/03_batch.ipynb #39d78c46
 import copy
@@ -108,8 +109,8 @@ def describe_step(
     worst = {f"worst_{h.name}": h.limit + (m if h.above else -m) for h, m in pairs}
     return {
         "dt": dt, "discount": gamma**dt, "discounted_reward": out.discounted, "cost": out.cost,
-        "unsafe_share": out.cost / dt, "violated": out.violated, f"{name}_start": start, f"{name}_end": end,
-        f"{name}_mean": out.severity / dt, **worst,
+        "unsafe_share": (out.cost / dt).clamp(max=1), "violated": out.violated, f"{name}_start": start,
+        f"{name}_end": end, f"{name}_mean": out.severity / dt, **worst,
     }
 
 # %% ../../nbs/envs/03_batch.ipynb #d7088135
@@ -148,6 +149,24 @@ def warn_of_flags(condition: Condition) -> None:
         warnings.warn("responses to treatment contradict what is known; a policy trained here may learn to withhold "
                       f"a drug that helps:{listed}", ResponseWarning, stacklevel=3)
 
+# %% ../../nbs/envs/03_batch.ipynb #1fb1aee3
+@torch.no_grad()
+def try_once(condition: Condition, config: BatchConfig, shape: tuple[int, int]) -> None:
+    "Raises ValueError naming the rule (reward, cost) or backend that does not work with these patients."
+    x = condition.start(torch.full((*shape, condition.draws), 0.5, dtype=torch.float64))
+    u, y = x.new_full((*shape, len(condition.treatments)), 0.5), condition.to_physical(x)
+    for name, rule in (("reward", config.reward), ("cost", config.cost)):
+        if rule is None: continue
+        try: value: Any = rule(y, u)
+        except Exception as error: raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
+        if not isinstance(value, Tensor) or value.shape != shape or not torch.isfinite(value).all():
+            got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name} must give a finite number for each patient: states {tuple(y.shape)} and actions "
+                             f"{tuple(u.shape)} in, {shape} out, got {got}")
+    if config.backend == "pinn":
+        last = x.new_full(shape, config.timing.horizon_h)
+        condition.dense(x, u, last.clamp(max=condition.dense_h)[None], (last - 1e-3).clamp(min=0))
+
 # %% ../../nbs/envs/03_batch.ipynb #1543f8ee
 class Rows:
     "K patients of a condition x `copies`: their episodes, clocks and what is seen of them."
@@ -164,6 +183,7 @@ class Rows:
         if self.config.noise and condition.disturbance(torch.ones(self.shape, dtype=torch.float64)) is None:
             raise ValueError("noise=True, but these patients have no noise model; fit one, or leave noise off")
         self.timing = self.config.timing
+        try_once(condition, self.config, self.shape)
         self.condition = with_rules(condition, self.config.reward, self.config.cost)
         like = condition.to_normalised(torch.ones(1, 1, len(condition.states), dtype=torch.float64))
         self.device, self.dtype = like.device, like.dtype
@@ -257,9 +277,10 @@ class TreatmentBatch(Moving):
     def parse(self, action: Tensor) -> tuple[Tensor, Tensor]:
         "Doses (K, B, m) in [0, 1] and hours (K, B) of an action. ValueError for one that is out of bounds."
         if self.grid is not None:
-            if action.shape != self.shape or action.dtype.is_floating_point:
+            if action.shape != self.shape or action.dtype.is_floating_point or action.dtype == torch.bool:
                 got = f"{tuple(action.shape)} {action.dtype}"
                 raise ValueError(f"actions must be integers of shape {self.shape}, got {got}")
+            action = action.long()
             if not ((action >= 0) & (action < len(self.grid))).all():
                 raise ValueError(f"an action lies outside 0 to {len(self.grid) - 1}")
             chosen = self.grid[action]

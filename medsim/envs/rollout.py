@@ -151,7 +151,9 @@ class Bedside:
     def __init__(self, env: TreatmentVectorEnv, policy: Actor, seed: int) -> None:
         self.env, self.batch, self.policy = env, env.batch, policy
         self.generator = torch.Generator(env.batch.device).manual_seed(seed)
-        self.obs = env.reset_torch(seed)
+        env.reset_torch(seed)
+        if self.batch.chart is not None:  # the first look is the first decision's
+            self.batch.chart.looked = torch.full_like(self.batch.chart.looked, -torch.inf)
         self.until = torch.zeros_like(self.batch.t)
         self.u = self.until.new_zeros(*self.batch.shape, len(env.condition.treatments)).to(self.batch.dtype)
 

@@ -8,6 +8,7 @@ __all__ = ['Kind', 'Timing']
 # %% ../../nbs/envs/01_timing.ipynb #be34f35a
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ class Timing:
     def __post_init__(self) -> None:
         if self.kind not in ("fixed", "adaptive", "priced"):
             raise ValueError(f"timing={self.kind!r}: choose 'fixed', 'adaptive' or 'priced'")
-        if not isinstance(self.budget, int) or self.budget < 1:
+        if not isinstance(self.budget, Integral) or self.budget < 1:
             raise ValueError(f"budget={self.budget!r}: at least one decision is needed, a whole number")
         if not 0 < self.horizon_h < math.inf: raise ValueError(f"horizon_h={self.horizon_h} must be above 0, in hours")
         if not 0 < self.dt_min <= self.dt_max < math.inf:

@@ -75,7 +75,9 @@ class TreatmentVectorEnv(TreatmentRows):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        "Observations (N, D) float32 and an info."
+        "Observations (N, D) float32 and an info. ValueError for options: which patient a row is stays as it was made."
+        if options:
+            raise ValueError(f"options {sorted(options)}: a row's patient is chosen when the environment is made")
         if isinstance(seed, int): super().reset(seed=seed)
         return self.reset_torch(seed).cpu().numpy(), {"patient": self.patient}
 
