@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import medsim  # noqa: F401  (registers the ids)
 from medsim.core.counter import derive, uniform
-from medsim.envs.batch import BatchConfig, TreatmentBatch
-from medsim.envs.registration import IDS, sepsis
+from medsim.envs.batch import BatchConfig, TreatmentBatch, check_condition
+from medsim.envs.registration import IDS, page, sepsis
 from medsim.envs.timing import Timing
 from medsim.envs.treatment import TreatmentEnv
 from medsim.envs.vector import TreatmentVectorEnv, to_sb3
@@ -813,3 +813,38 @@ def test_rows_as_stable_baselines3_sees_them():
     assert mean < 0 and sd > 0
     assert VecNormalize(rows).reset().shape == (6, 8)
     rows.close()
+
+
+# ---- what helps an author
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_pages_say_units_and_bounds(name):
+    text = page(name)
+    condition = gym.make(name).unwrapped.condition
+    for heading in ("Observation space", "Action space", "Rewards", "Starting state", "Episode end", "Arguments"):
+        assert f"## {heading}" in text
+    for s in condition.states: assert f"| {s.name} | {s.unit} | {s.low:g} | {s.high:g} |" in text
+    for t in condition.treatments: assert f"| {t.name} | {t.unit} | {t.low:g} | {t.high:g} |" in text
+    with pytest.raises(ValueError, match="unknown environment 'medsim/Gout-v0'"): page("medsim/Gout-v0")
+
+
+def test_a_condition_is_checked():
+    for good in (FEW, Glucose.virtual(2), Ventilation.virtual(2)): check_condition(good)
+
+    class Forgetful(Glucose):
+        def measures(self, y, u): return y[..., :2]
+
+    with pytest.raises(ValueError, match=r"glucose: measures has shape \(2, 2, 2\), not \(2, 2, 1\)"):
+        check_condition(Forgetful.virtual(2))
+    hasty = Ventilation.virtual(2)
+    hasty.step_h = hasty.first_h = 1.0
+    with pytest.raises(ValueError, match="steps of 1 h are too long"): check_condition(hasty)
+
+
+@pytest.mark.parametrize("left", [96.0, 30.0, 3.0])
+def test_a_wish_is_hours(left):
+    clock, n = Timing("adaptive"), torch.tensor(5)
+    for hours in (0.5, 2.0, 17.0, 36.0):
+        dt = clock.hours(torch.tensor(clock.wish(hours, left), dtype=F64), torch.tensor(left, dtype=F64), n)
+        assert dt.item() == pytest.approx(min(hours, left))
