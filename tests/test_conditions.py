@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsim.core.counter import derive, uniform
-from medsim.sim.condition import outcome
 from medsim.sim.glucose import (
     Glucose,
     basal_action,
@@ -21,6 +20,7 @@ from medsim.sim.glucose import (
     time_shares,
 )
 from medsim.sim.odesolve import dopri5, flow, rk4
+from medsim.sim.outcome import outcome
 from medsim.sim.physiology import saturation
 from medsim.sim.textbook import Parameter, drawn, parameter_table
 from medsim.sim.ventilation import Ventilation, oxygen_content, oxygen_pressure

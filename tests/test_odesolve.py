@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsim.sim.condition import Septic
-from medsim.sim.condition import outcome as outcome_of
 from medsim.sim.odesolve import DivergenceError, carry, edges, flow, path, unit_time, warm_up, with_zeros
+from medsim.sim.outcome import outcome as outcome_of
 from medsim.sim.physiology import MedGymODE, SepsisODE, cost_rate, project, reward_rate, virtual_patients
 
 F64 = torch.float64

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..core.counter import derive, normal, uniform
 from .partial import Chart
 from .timing import Timing
-from ..sim.condition import Condition, Hazard, Outcome, settle, solve, surrogate_at, surrogate_outcome
+from ..sim.condition import Condition, Hazard
 from ..sim.odesolve import DivergenceError, check_finite
+from ..sim.outcome import Outcome, settle, solve, surrogate_at, surrogate_outcome
 from ..sim.response import ResponseWarning
 
 # %% ../../nbs/envs/03_batch.ipynb #7809ddfe

@@ -39,8 +39,7 @@ Id = int | str
 
 def named(ids: Sequence[Id], rows: Sequence[int]) -> str:
     "The ids at `rows` for a message; at most five."
-    some = sorted(set(rows))
-    return ", ".join(repr(ids[i]) for i in some[:5]) + (" ..." if len(some) > 5 else "")
+    return ", ".join(repr(ids[i]) for i in sorted(set(rows))[:5]) + (" ..." if len(set(rows)) > 5 else "")
 
 
 def check_states(x: Tensor, ids: Sequence[Id]) -> Tensor:
@@ -301,8 +300,7 @@ def write_files(folder: str | Path, tensors: dict[str, Tensor], said: dict[str, 
     mark = content_hash({n: v.numpy() for n, v in kept.items()}, said)
     with atomic_folder(folder) as out:
         save_file(kept, out / "simulator.safetensors")
-        text = json.dumps({"version": FORMAT, "data_hash": mark, **said})
-        (out / "simulator.json").write_text(text, encoding="utf-8")
+        (out / "simulator.json").write_text(json.dumps({"version": FORMAT, "data_hash": mark, **said}), encoding="utf-8")
 
 
 def read_files(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
