@@ -300,7 +300,7 @@ def write_files(folder: str | Path, tensors: dict[str, Tensor], said: dict[str, 
     mark = content_hash({n: v.numpy() for n, v in kept.items()}, said)
     with atomic_folder(folder) as out:
         save_file(kept, out / "simulator.safetensors")
-        (out / "simulator.json").write_text(json.dumps({"version": FORMAT, "data_hash": mark, **said}), encoding="utf-8")
+        (out / "simulator.json").write_text(json.dumps({"version": FORMAT, "data_hash": mark, **said}), "utf-8")
 
 
 def read_files(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
