@@ -848,3 +848,11 @@ def test_a_wish_is_hours(left):
     for hours in (0.5, 2.0, 17.0, 36.0):
         dt = clock.hours(torch.tensor(clock.wish(hours, left), dtype=F64), torch.tensor(left, dtype=F64), n)
         assert dt.item() == pytest.approx(min(hours, left))
+
+
+def test_a_diverging_patient_is_named():
+    env = TreatmentVectorEnv(Septic(Simulator.virtual(3, seed=0)), **SHORT)
+    env.condition.model.ode.theta.data[1, 0] = math.nan
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"patient 1: 1 trajectories diverged.*between 0\.00 and 2\.00 h"):
+        env.step(np.full((3, 3), 0.3, np.float32))

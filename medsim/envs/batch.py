@@ -26,6 +26,7 @@ from ..sim.condition import Condition, Hazard
 from ..sim.odesolve import DivergenceError, check_finite
 from ..sim.outcome import Outcome, settle, solve, surrogate_at, surrogate_outcome
 from ..sim.response import ResponseWarning
+from ..sim.simulator import PatientDivergence
 
 # %% ../../nbs/envs/03_batch.ipynb #7809ddfe
 Rule = Callable[[Tensor, Tensor], Tensor]  # of physical states (..., n) and actions (..., m)
@@ -246,7 +247,8 @@ class Moving(Running):
     def move(self, u: Tensor, hours: Tensor) -> Outcome:
         "Let `hours` (K, B), 0 or more, pass under `u` (K, B, m); no decision is counted and nothing is checked."
         dt = hours.to(self.dtype)
-        out, self.way = self.treat(self.x, u, dt, self.t.to(self.dtype))
+        try: out, self.way = self.treat(self.x, u, dt, self.t.to(self.dtype))
+        except DivergenceError as error: raise PatientDivergence(error, self.condition.ids) from None
         if self.chart is not None: self.chart.record(self.way, u, self.t, hours)
         self.x = self.disturbed(out.x, dt) if self.config.noise else out.x
         self.t = torch.where(self.left()[0] - hours <= 1e-9, self.timing.horizon_h, self.t + hours)
@@ -301,7 +303,7 @@ class TreatmentBatch(Moving):
         """Treat all patients with `action` (K, B, m) in [0, 1], or (K, B) integers if discrete.
 
         Rows whose episode is over must be begun again by `restart` first: ResetNeeded if they were not. ValueError for
-        actions out of bounds, DivergenceError naming a patient whose state leaves the finite numbers.
+        actions out of bounds, PatientDivergence naming id and time where a state leaves the finite numbers.
         """
         if self.episode is None or (self.left()[0] <= 0).any():
             raise ResetNeeded("an episode is over or was not begun: reset() or restart(where) first")
