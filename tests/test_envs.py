@@ -341,18 +341,17 @@ def along(condition, doses, cuts, horizon, seed=0, gamma=0.997):
     return sums, batch.x
 
 
-CUT = {"sepsis": (FEW, 10.0, 1e-4), "glucose": (Glucose.virtual(3), 6.0, 0.05),
-       "ventilation": (Ventilation.virtual(3), 3.0, 0.05)}
+CUT = {"sepsis": (FEW, 10.0, 1e-3), "glucose": (Glucose.virtual(3), 6.0, 1e-3),
+       "ventilation": (Ventilation.virtual(3), 3.0, 0.01)}  # 0.03 h: below 1e-3 of its horizon of 48 h
 
 
 @pytest.mark.parametrize("kind", CUT)
 @settings(max_examples=4, deadline=None)
 @given(st.data())
 def test_sums_do_not_depend_on_the_cut(kind, data):
-    """Rewards, discounted and not, and severity agree to 1e-3, and so does the time unsafe in sepsis.
+    """Rewards, discounted and not, and severity agree to 1e-3, and so does the share of the time unsafe.
 
-    The solver of the other conditions takes longer steps in proportion to how fast they can turn; the moment at which
-    a limit is crossed is known to a step.
+    The lung turns within minutes: when it crosses a limit is known to a share of a solver's step, 0.03 h at most.
     """
     condition, horizon, moment = CUT[kind]
     m = len(condition.treatments)
