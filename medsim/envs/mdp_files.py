@@ -35,7 +35,7 @@ def numbers(line: bytes, where: str, *, hint: str = "") -> np.ndarray:
 
 
 def read_table(path: Path) -> np.ndarray:
-    "A CSV of numbers as (rows, columns). ValueError naming file and line if lines differ in length or are not numbers."
+    "A CSV of numbers as (rows, columns). ValueError names file and line if lines differ in length or are no numbers."
     rows = [numbers(line, f"{path.name}, line {k + 1}") for k, line in enumerate(number_lines(path))]
     if not rows: raise ValueError(f"{path.name}: the file is empty")
     if odd := [k + 1 for k, row in enumerate(rows) if len(row) != len(rows[0])]:
@@ -53,7 +53,7 @@ def read_admissible(path: Path, n_actions: int) -> np.ndarray:
     for s, (line, count) in enumerate(zip(lines, counts, strict=True)):
         actions = [int(a) for a in line.split()]
         if unknown := [a for a in actions if not 0 <= a < n_actions]:
-            raise ValueError(f"{path.name}, line {s + 2}: unknown action {unknown[0]}; actions are 0 to {n_actions - 1}")
+            raise ValueError(f"{path.name}, line {s + 2}: unknown action {unknown[0]}, not in 0 to {n_actions - 1}")
         if len(set(actions)) != count:
             raise ValueError(f"{path.name}, line {s + 2}: {len(set(actions))} actions, but line 1 counts {count}")
         admissible[s, actions] = True
@@ -102,7 +102,8 @@ def arrival_reward(blocks: Iterator[np.ndarray], rows: Rows, row_of: np.ndarray,
     return reward
 
 # %% ../../nbs/envs/08a_mdp_files.ipynb #723b9254
-NAMES = {"d_0": "initial", "expert_policy": "expert_policy", "state_cluster_centers": "centroids", "sofa_scores": "sofa"}
+NAMES = {"d_0": "initial", "expert_policy": "expert_policy",
+         "state_cluster_centers": "centroids", "sofa_scores": "sofa"}
 
 
 def read_npz(path: str | Path) -> dict[str, Any]:
@@ -137,7 +138,8 @@ TABLES = {"expertPolicy.csv": "expert_policy", "stateClusterCenters.csv": "centr
 def read_transitions(path: Path, n_states: int) -> tuple[Rows, np.ndarray]:
     "The distinct rows of `transitionFunction.csv` and each line's number. ValueError naming file and line."
     seen: dict[bytes, int] = {}
-    number, first = [], []
+    number: list[int] = []
+    first: list[int] = []
     for k, line in enumerate(number_lines(path)):
         number.append(seen.setdefault(line, len(seen)))
         if len(first) < len(seen): first.append(k + 1)
