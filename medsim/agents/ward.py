@@ -169,7 +169,7 @@ class GymWard:
 
 # %% ../../nbs/agents/06_ward.ipynb #3128f7b8
 class IdentityWard:
-    """Copy what you see, ten steps an episode: one of `n` symbols (reward 1 if right), or, with `n=0`, a number in (0, 1).
+    """Copy what you see, ten steps an episode: one of `n` symbols (reward 1 if right), or for n = 0 a number in (0, 1).
 
     For numbers the reward is minus the squared error; its best is 0. The cost is 1 where the action (the number, or the
     symbol divided by n) exceeds one half. See `Ward`.
