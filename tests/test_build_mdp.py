@@ -1,6 +1,7 @@
 "An MDP from trajectories: flow balance, a slow second opinion, the round trip, gaps, dead states, bad input, records."
 
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
@@ -221,6 +222,17 @@ def test_clusters_bring_their_centroids_and_scores():
     assert mdp.step_h == 2 and mdp.meta["source"] == "by hand"
     with pytest.raises(ValueError, match="centroids: 4 rows, but the table has a state 4"):
         build_mdp(table, threshold=3, n_actions=3, centroids=np.zeros((4, 2)))
+
+
+def test_a_built_mdp_can_be_kept(tmp_path):
+    mdp = build_mdp(made_table(2, 80), threshold=5, n_actions=3, centroids=np.ones((51, 2)), meta={"source": "made up"})
+    json.dumps(mdp.meta, allow_nan=False)
+    mdp.save(tmp_path / "kept")
+    mdp.to_csv(tmp_path / "csv")
+    kept, published = TabularMDP.load(tmp_path / "kept"), TabularMDP.from_csv(tmp_path / "csv")
+    assert kept.meta == mdp.meta and np.array_equal(kept.labels, mdp.labels) and np.array_equal(dense(kept), dense(mdp))
+    assert np.array_equal(published.admissible[mdp.live], mdp.admissible[mdp.live])
+    assert np.isclose(*(m.evaluate(m.admissible_policy()).value for m in (published, mdp)))
 
 
 # ---- bad input
