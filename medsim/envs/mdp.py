@@ -261,11 +261,13 @@ def courses(mdp: Valued, policy: np.ndarray, n: int, seed: int, max_steps: int) 
 
 # %% ../../nbs/envs/09_mdp.ipynb #22e3c536
 def as_episodes(mdp: Valued, policy: np.ndarray, c: dict[str, np.ndarray], seed: int) -> Episodes:
-    "`courses` as episodes: the feature is the state's number, `ids.died` says whether a stay ended without reward."
+    "`courses` as episodes: the feature is the state's number, `ids.died` whether it ended without reward (NA: cut)."
     last, over, n = last_step(c["mask"]), mdp.terminal[c["final"]], len(c["mask"])
     after = np.where(last, c["final"][:, None], np.roll(c["state"], -1, axis=1))
+    died = pd.array(mdp.reward[c["final"]] <= 0, dtype="boolean")
+    died[~over] = pd.NA
     ids = pd.DataFrame({"stay_id": np.arange(n), "subject_id": np.arange(n), "start_h": 0.0,
-                        "fold": subject_fold(np.arange(n)), "died": over & (mdp.reward[c["final"]] <= 0)})
+                        "fold": subject_fold(np.arange(n)), "died": died})
     most = (float(mdp.n_states - 1),)
     as_is = Normaliser(("state",), (0.0,), (0.0,), (1.0,), (0.0,), most, (False,))
     assert mdp.action_spec is not None
