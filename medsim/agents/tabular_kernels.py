@@ -7,7 +7,7 @@ __all__ = ['compiled', 'BETA1', 'BETA2', 'RECENT', 'TINY', 'World', 'world', 'dr
            'explore', 'softmax', 'row_room', 'sample', 'Moments', 'moments', 'adam', 'Waking', 'waking', 'adam_at',
            'Replay', 'replay', 'remember', 'toward', 'recall', 'Learner', 'check_settings', 'plain', 'generator']
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #dbfd8d16
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #c0da449a
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("the tabular learners need numba: pip install 'medsim[tabular]'") from error
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #a38eb2e4
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #27b6d9e0
 compiled = njit(nogil=True, error_model="numpy")  # numpy's rule for x / 0: loops that divide may use vectors
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #2f894872
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #3ec3bf6a
 class World(NamedTuple):
     "What a learner moves in. P pairs (state, action); R rows of transitions as alias tables, then the initial states."
 
@@ -53,7 +53,7 @@ def world(mdp: TabularMDP, masked: bool = True) -> World:
     return World(first, action, mdp.row_of[state, action], indptr, next_state, keep, other, mdp.reward.copy(),
                  mdp.terminal.copy())  # copies are writeable: for read-only arrays kernels would be compiled anew
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #4aeb2cbc
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #2521e2fd
 @compiled
 def draw(world: World, row: int, rng: np.random.Generator) -> int:
     "Next state from `row`, by one uniform."
@@ -69,7 +69,7 @@ def begin(world: World, rng: np.random.Generator) -> int:
     "First state of an episode."
     return draw(world, len(world.indptr) - 2, rng)
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #56a2b141
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #75256bcb
 @compiled
 def epsilon_at(episode: float, first: float, last: float, over: float) -> float:
     "Epsilon: from `first` to `last` on a line over the first `over` episodes."
@@ -96,17 +96,20 @@ def explore(world: World, table: np.ndarray, s: int, epsilon: float, rng: np.ran
     "Epsilon-greedy pair of `s`."
     return anything(world, s, rng) if rng.random() < epsilon else best(world, table, s)
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #5a76552b
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #2aa865b0
 @compiled
 def softmax(world: World, logits: np.ndarray, s: int, out: np.ndarray) -> None:
     "Probabilities and log-probabilities of the pairs of `s` into `out` (2, at least as many)."
     a, b = world.first[s], world.first[s + 1]
     top, total = logits[a], 0.0
     for i in range(a + 1, b): top = max(top, logits[i])
-    for i in range(a, b): total += np.exp(logits[i] - top)
     for i in range(a, b):
-        out[1, i - a] = logits[i] - top - np.log(total)
-        out[0, i - a] = np.exp(out[1, i - a])
+        out[0, i - a] = np.exp(logits[i] - top)
+        total += out[0, i - a]
+    log_total = top + np.log(total)
+    for i in range(a, b):
+        out[0, i - a] /= total
+        out[1, i - a] = logits[i] - log_total
 
 
 def row_room(world: World) -> np.ndarray:
@@ -123,7 +126,7 @@ def sample(world: World, p: np.ndarray, s: int, rng: np.random.Generator) -> int
         if x < 0: return i
     return last
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #603d3e69
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #d91539ee
 BETA1, BETA2 = 0.9, 0.999
 RECENT = 400  # steps: .9 ** 400 = 5e-19
 TINY = 1e-200  # moments below this are 0: arithmetic on numbers below 1e-308 is a hundred times slower
@@ -156,7 +159,7 @@ def adam(w: np.ndarray, g: np.ndarray, memory: Moments, rate: float, eps: float)
         square[i] = v if v > TINY else 0.0
         w[i] -= step * mean[i] / (np.sqrt(square[i]) * root + eps)
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #66cd54c1
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #892f2fdb
 class Waking(NamedTuple):
     "Adam's memory of a table of which only recently pushed entries are stepped."
 
@@ -200,7 +203,7 @@ def adam_at(w: np.ndarray, at: int, g: float, memory: Waking, rate: float, eps: 
         else: j += 1
     memory.steps[1] = n
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #1d1a66b3
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #fe370d7a
 class Replay(NamedTuple):
     "The last transitions, as a ring."
 
@@ -234,7 +237,7 @@ def recall(memory: Replay, rng: np.random.Generator) -> int:
     "Place of any transition that is kept, all alike."
     return int(rng.random() * min(memory.seen[0], len(memory.pair)))
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #736991ee
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #5a861bd9
 @dataclass(frozen=True)
 class Learner:
     """A learner in the middle of its work: `run` goes on where the last one stopped.
@@ -273,7 +276,7 @@ class Learner:
         out[np.diff(w.first) == 0, 0] = 1.0
         return out / out.sum(1, keepdims=True)
 
-# %% ../../nbs/agents/01_tabular_kernels.ipynb #3e43129f
+# %% ../../nbs/agents/01_tabular_kernels.ipynb #0612eae0
 def check_settings(config: Any, **bounds: tuple[float, float]) -> None:
     "ValueError unless each named field is a number within its bounds, whole if declared int, and flags are flags."
     kinds = {f.name: f.type for f in fields(config)}
