@@ -159,6 +159,10 @@ class Student:
         shape = [-1] + [1] * max((a.ndim for a in at if isinstance(a, Tensor)), default=0)
         return derive(self.key.view(shape), what, self.update, *at)
 
+    def practise(self) -> Practice:
+        "A rollout, judged by the critics (below)."
+        return practise(self)
+
 # %% ../../nbs/agents/07_onpolicy.ipynb #4b9ba8fe
 @torch.no_grad()
 def explore(student: Student) -> tuple[dict[str, Tensor], Tensor]:
@@ -349,7 +353,7 @@ def run(
     total, before = config.steps * k, student.done * k
     with tqdm(total=total, initial=before, unit=" steps", unit_scale=True, disable=not progress) as bar:
         while student.done < config.steps:
-            practice = practise(student)
+            practice = student.practise()
             told = {**update(student, practice)}
             check(student, told, names)
             student.update += 1
