@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
+from scipy.linalg import lu_factor, lu_solve
 
 # %% ../../nbs/envs/08b_exact.ipynb #194b063d
 def can_reach(chain: sparse.csr_array, target: np.ndarray) -> np.ndarray:
@@ -48,15 +49,17 @@ def chain_values(
     if gamma == 1 and (earned[trapped] != 0).any():
         raise ValueError("gamma=1: a reward is paid for ever in states that never end; use gamma < 1")
     live = np.flatnonzero(~terminal & ~trapped)  # trapped ones are worth 0, or are solved apart below
-    p = chain[live][:, live].toarray()
-    eye, ones = np.eye(len(live)), np.ones(len(live))
-    n = np.linalg.solve(eye - p, ones)
-    m = np.linalg.solve(eye - p, ones + 2 * p @ n)
-    kept = live if gamma == 1 else np.flatnonzero(~terminal)
-    system = np.eye(len(kept)) - gamma * chain[kept][:, kept].toarray()
+    p, ones = chain[live][:, live].toarray(), np.ones(len(live))
+    factors = lu_factor(np.eye(len(live)) - p)
+    n = lu_solve(factors, ones)
+    m = lu_solve(factors, ones + 2 * p @ n)
+    kept = live
+    if gamma < 1:
+        kept = np.flatnonzero(~terminal)
+        factors = lu_factor(np.eye(len(kept)) - gamma * chain[kept][:, kept].toarray())
     values, lengths, squares, occupancy = (np.zeros(len(reward)) for _ in range(4))
-    values[kept] = np.linalg.solve(system, earned[kept])
-    occupancy[kept] = np.linalg.solve(system.T, initial[kept])
+    values[kept] = lu_solve(factors, earned[kept])
+    occupancy[kept] = lu_solve(factors, initial[kept], trans=1)
     lengths[live], squares[live] = n, m
     lengths[~terminal & can_reach(chain, trapped)] = np.inf
     where = initial > 0
