@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("numba", reason="the tabular learners need the extra medsim[tabular]")
 
 from medsim.agents import tabular_kernels as kernels
-from medsim.agents.tabular import DQN, PPO, RANGES, SAC, QLearning, Sarsa, search, setting, train, worth
+from medsim.agents.tabular import DQN, PPO, RANGES, SAC, QLearning, Sarsa, search, setting, train
 from medsim.envs.mdp import TabularMDP
 
 QUICK = {
@@ -97,19 +97,13 @@ def test_history(mdp):
     assert np.allclose(h.mean_return.iloc[5], result.returns[1, 150:300].mean())
     assert h.steps.iloc[-1] == result.lengths[1].sum() and h.stochastic_value.isna().all()
     last = [mdp.evaluate(p).value for p in result.policy]
-    assert np.allclose(h.groupby("seed").value.last(), last) and np.isclose(worth(mdp, result.policy[0]), last[0])
+    assert np.allclose(h.groupby("seed").value.last(), last)
+    assert np.isclose(mdp.evaluate(result.policy[0]).value, last[0])
 
 
 def test_a_seed_or_a_list_of_one(mdp):
     assert quickly(mdp, "q", seed=np.int64(0)).policy.shape == (6, 3)
     assert quickly(mdp, "q", seed=[0]).policy.shape == (1, 6, 3)
-
-
-def test_worth_where_stays_never_end():
-    p = np.zeros((4, 2, 4))
-    p[0, 0, 0], p[0, 1, 2], p[1, :, 2], p[2:, :, 3] = 1, 1, 1, 1
-    trap = TabularMDP.from_dense(p, np.eye(4)[2], np.array([0.5, 0.5, 0, 0]))
-    assert worth(trap, np.array([0, 0, 0, 0])) == 0.5 and worth(trap, np.array([1, 0, 0, 0])) == 1
 
 
 def test_the_published_bug_is_another_algorithm(mdp):
