@@ -21,16 +21,14 @@ from torch import Tensor, nn
 
 from ..core.nets import MLP, Categorical, MLPConfig, log_one_minus_tanh2
 from ..core.paths import atomic_folder
+from ..envs.rollout import Actor
 
 # %% ../../nbs/agents/05_policy.ipynb #cc6d3a92
-class Policy(Protocol):
-    "What everything that runs a policy asks for: rows of observations (N, D) in, one action and log-probability a row."
+class Policy(Actor, Protocol):
+    "An `Actor` that can be kept: see `load_policy`."
 
-    def act(self, obs: Tensor, *, deterministic: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        "Actions (N,) integers or (N, m)."
-
-    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        "Log-probability, or log-density, (N,) of `action`."
+    def save(self, folder: str | Path, meta: dict[str, Any] | None = None) -> None:
+        "Write weights and shape to a new folder, with `meta` (JSON-able)."
 
 # %% ../../nbs/agents/05_policy.ipynb #62a5aac8
 @dataclass(frozen=True)
