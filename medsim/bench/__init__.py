@@ -1,0 +1,1 @@
+"Learners and policies: the tabular learners of ICU-Sepsis, compiled, many seeds side by side."
