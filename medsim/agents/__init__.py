@@ -1,1 +1,1 @@
-"Learners and policies: the tabular learners of ICU-Sepsis, compiled, many seeds side by side."
+"How a policy learns from practice, K policies side by side; the tabular learners of ICU-Sepsis."

@@ -1,1 +1,1 @@
-"Learners and policies: the tabular learners of ICU-Sepsis, compiled, many seeds side by side."
+"How policies are judged and compared."
