@@ -296,7 +296,9 @@ def put_back(student: Student, tensors: dict[str, Tensor]) -> None:
 def fingerprint(student: Student) -> str:
     "Hash of what a run is: settings, seeds, ward."
     ward, config = student.ward, student.config
-    what = [type(config).__name__, asdict(config), student.seeds, ward.shape, ward.n_obs]
+    what = [type(config).__name__, asdict(config), student.seeds, ward.shape, ward.n_obs, asdict(ward.actions)]
+    if isinstance(ward, PatientWard):
+        what += [ward.env.condition.name, list(map(str, ward.env.condition.ids)), asdict(ward.env.batch.timing)]
     return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
 
 
@@ -320,7 +322,9 @@ def drop(folder: Path) -> None:
 def go_on(student: Student, folder: Path) -> list[dict[str, Any]]:
     "Put a checkpoint back, if there is one; the rows so far. ValueError if it is of another run."
     new = folder.with_name(folder.name + ".new")
-    if not folder.is_dir() and new.is_dir(): new.rename(folder)  # killed between the two
+    if new.is_dir():  # killed between the two; the new one is whole
+        drop(folder)
+        new.rename(folder)
     if not (folder / "run.json").is_file(): return []
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if about["run"] != fingerprint(student):

@@ -117,8 +117,9 @@ class PatientWard:
     def restore(self, state: dict[str, Tensor]) -> None:
         "See `Ward`. ValueError for the state of another ward."
         here = {name: (owner, key, value) for name, owner, key, value in self._tensors()}
-        if differ := sorted(k for k in here if k in state and state[k].shape != here[k][2].shape):
-            raise ValueError(f"a kept state of another ward: {', '.join(differ)} have other shapes")
+        differ = sorted(k for k in here if k in state and state[k].shape != here[k][2].shape)
+        if "batch.t" in state and state["batch.t"].shape != self.env.batch.shape: differ.append("batch.t")
+        if differ: raise ValueError(f"a kept state of another ward: {', '.join(differ)} have other shapes")
         for name, value in state.items():
             prefix, _, key = name.rpartition(".")
             owner = here[name][0] if name in here else {"batch": self.env.batch, "chart": self.env.batch.chart}[prefix]
