@@ -248,7 +248,7 @@ Log = Callable[[dict[str, Any], int], None]
 def clip_each(parameters: Sequence[Tensor], most: float) -> Tensor:
     "Scale each policy's gradient to a norm of at most `most`; the norms before, (K,)."
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # type: ignore[union-attr]
+    norm = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]).norm(dim=0)
     scale = (most / (norm + 1e-6)).clamp(max=1.0)
     for g in grads: g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
     return norm
