@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repriced', 'scaled', 'mixed', 'Limited', 'PPOLag', 'TRPOLag', 'improve', 'train']
 
-# %% ../../nbs/agents/10_lagrangian.ipynb #e7dbefe5
+# %% ../../nbs/agents/10_lagrangian.ipynb #c0d54df2
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -21,12 +21,12 @@ from .trpo import TRPO
 from .ward import Ward, seeds_of
 from ..envs.vector import TreatmentVectorEnv
 
-# %% ../../nbs/agents/10_lagrangian.ipynb #76b2b3fb
+# %% ../../nbs/agents/10_lagrangian.ipynb #c92ff366
 def repriced(multiplier: Tensor, cost_per_day: Tensor, limit: float, rate: float) -> Tensor:
     "Multipliers (K,) after a rollout with that cost, hours per day (K,)."
     return (multiplier + rate * (cost_per_day - limit)).clamp(min=0.0)
 
-# %% ../../nbs/agents/10_lagrangian.ipynb #4001f00b
+# %% ../../nbs/agents/10_lagrangian.ipynb #927fa1e9
 def scaled(advantage: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     "Advantage (K, N) by the largest sd so far, and that sd (K,), given that of before."
     scale = torch.maximum(scale, advantage.std(1))
@@ -38,7 +38,7 @@ def mixed(good: Tensor, danger: Tensor, price: Tensor) -> Tensor:
     danger = danger - danger.mean(1, keepdim=True)
     return (good - price[:, None] * danger) / (1 + price[:, None])
 
-# %% ../../nbs/agents/10_lagrangian.ipynb #668b2762
+# %% ../../nbs/agents/10_lagrangian.ipynb #0e3e78b7
 @dataclass(frozen=True)
 class Limited(OnPolicy):
     "What a limit adds to a learner's settings. ValueError naming the one at fault."
@@ -64,7 +64,7 @@ class PPOLag(Limited, PPO):
 class TRPOLag(Limited, TRPO):
     "TRPO with a limit of `cost_limit` hours in danger per day (Ray et al. 2019). ValueError naming a setting at fault."
 
-# %% ../../nbs/agents/10_lagrangian.ipynb #c2d44593
+# %% ../../nbs/agents/10_lagrangian.ipynb #295dc1f9
 def improve(student: Student, practice: Practice, c: PPOLag | TRPOLag) -> dict[str, Tensor]:
     "Reprice, then let PPO or TRPO improve all policies; multipliers and scales are kept with the run."
     cost, kept = practice.episodes["cost_per_day"], student.extra
