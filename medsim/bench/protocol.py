@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..agents import ppo, sac, trpo
+from ..agents import lagrangian, ppo, sac, trpo
 from ..agents.many import train_many
 from ..agents.onpolicy import Result
 from ..agents.ward import PatientWard
@@ -29,6 +29,7 @@ from ..sim.condition import Condition
 # %% ../../nbs/bench/02_protocol.ipynb #cba42b97
 METHODS: dict[str, tuple[Any, type]] = {
     "PPO": (ppo.train, ppo.PPO), "TRPO": (trpo.train, trpo.TRPO), "SAC": (sac.train, sac.SAC),
+    "PPO-Lag": (lagrangian.train, lagrangian.PPOLag), "TRPO-Lag": (lagrangian.train, lagrangian.TRPOLag),
 }
 TIMINGS, MODELS = ("fixed", "adaptive"), ("individual", "population")
 
