@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .onpolicy import Result
 from .policy import StackedPolicy
-from .ward import PatientWard, Ward, seeds_of
+from .ward import Ward, seeds_of
 from ..envs.vector import TreatmentVectorEnv
 
 # %% ../../nbs/agents/12_many.ipynb #6c6385df

@@ -172,12 +172,9 @@ def improve(
 # %% ../../nbs/agents/03_tabular_actors.ipynb #d4f8bcec
 @compiled
 def proximal(
-    world: World,
-    settings: PPOSettings,
+    world: World, settings: PPOSettings,
     tables: tuple[np.ndarray, np.ndarray, tuple[Moments, ...], Rollout, np.ndarray, tuple[np.ndarray, ...]],
-    rng: np.random.Generator,
-    returns: np.ndarray,
-    lengths: np.ndarray,
+    rng: np.random.Generator, returns: np.ndarray, lengths: np.ndarray,
 ) -> None:
     """PPO: as many episodes as `returns` has places.
 
@@ -332,12 +329,9 @@ def soft_update(
 # %% ../../nbs/agents/03_tabular_actors.ipynb #9bc8891e
 @compiled
 def soft(
-    world: World,
-    settings: SACSettings,
+    world: World, settings: SACSettings,
     tables: tuple[np.ndarray, Critics, np.ndarray, tuple[Moments, ...], Replay, np.ndarray, tuple[np.ndarray, ...]],
-    rng: np.random.Generator,
-    returns: np.ndarray,
-    lengths: np.ndarray,
+    rng: np.random.Generator, returns: np.ndarray, lengths: np.ndarray,
 ) -> None:
     """SAC: as many episodes as `returns` has places; actions at random until learning starts.
 
