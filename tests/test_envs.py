@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import medsim  # noqa: F401  (registers the ids)
 from medsim.core.counter import derive, uniform
 from medsim.envs.batch import BatchConfig, TreatmentBatch, check_condition
-from medsim.envs.registration import IDS, page, sepsis
+from medsim.envs.registration import IDS, TABULAR, page, sepsis
 from medsim.envs.timing import Timing
 from medsim.envs.treatment import TreatmentEnv
 from medsim.envs.vector import TreatmentVectorEnv, to_sb3
@@ -150,7 +150,8 @@ print(type(rows.unwrapped).__name__, rows.reset(seed=5)[0].shape, sep="-")
 """
     total, ids, glucose, rows, *shape = fresh(code)
     again, _ = gym.make("medsim/Sepsis-v0", n_patients=2).reset(seed=5)
-    assert float(total) == pytest.approx(again.sum(), abs=1e-5) and ids == "3" and glucose == "medsim/Glucose-v0"
+    assert int(ids) == len(IDS) + len(TABULAR)
+    assert float(total) == pytest.approx(again.sum(), abs=1e-5) and glucose == "medsim/Glucose-v0"
     assert rows.startswith("TreatmentVectorEnv") and "".join([rows, *shape]).endswith("(4,8)")
 
 
