@@ -201,12 +201,10 @@ def test_restriction():
     mdp = a_ward(4)
     kept = mdp.restrict(mdp.expert_policy)
     assert (kept[~mdp.admissible] == 0).all() and np.allclose(kept.sum(1), 1)
-    s = np.flatnonzero(mdp.live)[0]
-    lost = np.where(mdp.admissible[s], 0, 1) / (~mdp.admissible[s]).sum() if not mdp.admissible[s].all() else None
-    if lost is not None:
-        policy = mdp.admissible_policy().copy()
-        policy[s] = lost
-        np.testing.assert_allclose(mdp.restrict(policy)[s], mdp.admissible_policy()[s])
+    s = np.flatnonzero(mdp.live & ~mdp.admissible.all(1))[0]
+    policy = mdp.admissible_policy().copy()
+    policy[s] = ~mdp.admissible[s] / (~mdp.admissible[s]).sum()  # nothing is left of it
+    np.testing.assert_allclose(mdp.restrict(policy)[s], mdp.admissible_policy()[s])
 
 
 # Simulation

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medsim.agents.onpolicy import SHUFFLE, Diverged, run
+from medsim.agents.onpolicy import SHUFFLE, Diverged, check, run
 from medsim.agents.sac import KEPT, SAC, Critics, SoftStudent, improve, learned, recalled, sampled, train
 from medsim.agents.ward import GymWard, IdentityWard, PatientWard, seeds_of
 from medsim.core.counter import derive
@@ -127,6 +127,13 @@ def test_bad_settings(fields, message):
 def test_bad_wards():
     with pytest.raises(ValueError, match="SAC chooses doses"): SoftStudent(IdentityWard(n=3), QUICK, [0])
     with pytest.raises(ValueError, match="multiples of the 7 rows"): SoftStudent(IdentityWard(copies=7), QUICK, [0])
+
+
+def test_a_weight_that_is_no_number_is_named():
+    "The two critics of K policies are a stack of 2 K: the name is still the policy's."
+    student = SoftStudent(IdentityWard(policies=2, copies=16), QUICK, [1, 2])
+    with torch.no_grad(): student.critic.net.weight[0][3] = torch.nan  # the second critic of the second policy
+    with pytest.raises(Diverged, match="policy b, step 0: net.weight.0"): check(student, {}, ["a", "b"])
 
 
 def test_a_loss_that_is_no_number_is_named():

@@ -256,10 +256,11 @@ def clip_each(parameters: Sequence[Tensor], most: float) -> Tensor:
 
 def check(student: Student, told: dict[str, Tensor], names: Sequence[Any]) -> None:
     "Raise `Diverged`, naming policy, step and quantity, if a diagnostic or a weight is not finite."
-    for name, value in (*told.items(), *student.policy.named_parameters(), *student.critic.named_parameters()):
+    modules = [m for m in (student.policy, student.critic, student.cost_critic) if m is not None]
+    for name, value in (*told.items(), *(pair for m in modules for pair in m.named_parameters())):
         bad = ~torch.isfinite(value.detach().flatten(1) if value.ndim > 1 else value.detach()[:, None]).all(1)
         if bad.any():
-            k = int(bad.nonzero()[0])
+            k = int(bad.nonzero()[0]) % len(names)  # twin critics are stacked twice
             raise Diverged(f"policy {names[k]}, step {student.done}: {name} is not a finite number; lower the rates")
 
 # %% ../../nbs/agents/07_onpolicy.ipynb #f6aac761

@@ -54,8 +54,8 @@ class Critics(nn.Module):
 
 
 @contextmanager
-def frozen(module: nn.Module, parts: Sequence[Tensor]) -> Iterator[None]:
-    "No gradients for `parts` of a module."
+def frozen(parts: Sequence[Tensor]) -> Iterator[None]:
+    "No gradients for `parts`."
     for p in parts: p.requires_grad_(False)
     try: yield
     finally:
@@ -145,11 +145,11 @@ def improve(student: SoftStudent, size: int) -> Tensor:
         y = b["reward"] + b["discount"] * (critic(b["final"], u, slow=True).amin(0) - alpha * log_p)
     student.adam.zero_grad()
     critic_loss = 0.5 * (critic(b["obs"], b["u"]) - y).square().mean(-1).sum(0)
-    with frozen(critic, [critic.log_alpha]):
+    with frozen([critic.log_alpha]):
         critic_loss.sum().backward()
         student.adam.step()
     student.adam.zero_grad()
-    with frozen(critic, list(critic.net.parameters())):
+    with frozen(list(critic.net.parameters())):
         u, log_p = sampled(policy, b["obs"], now)
         actor_loss = (alpha * log_p - critic(b["obs"], u).amin(0)).mean(-1)
         target = -n if c.target_entropy is None else c.target_entropy

@@ -112,12 +112,8 @@ def train_cell(cell: Cell, patients: Condition, study: Study, checkpoint: Path |
     train, config = METHODS[cell.method][0], study.config(cell.method)
     if cell.model == "population": patients = patients.population()
     seeds = [spawn(cell.seed, "cell", str(i)) for i in patients.ids]
-    make = Maker(study, cell, patients)
-    if cell.model == "population":
-        ward = PatientWard(study.env(patients, study.rows, cell))
-        return train(ward, config, seed=seeds, progress=False, checkpoint=checkpoint)  # type: ignore[no-any-return]
-    return train_many(make, patients.ids, train, config, seed=seeds, chunk=study.chunk, n_jobs=n_jobs,
-                      checkpoint=checkpoint, progress=False)
+    return train_many(Maker(study, cell, patients), patients.ids, train, config, seed=seeds, chunk=study.chunk,
+                      n_jobs=n_jobs, checkpoint=checkpoint, progress=False)
 
 # %% ../../nbs/bench/02_protocol.ipynb #2179cac2
 def run_cell(cell: Cell, patients: Condition, study: Study, folder: str | Path, n_jobs: int = 1) -> pd.DataFrame:
