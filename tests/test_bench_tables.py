@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medsim.bench.tables import KEYS, draw_by_patient, shown, summary
+from medsim.bench.figures import draw_by_patient
+from medsim.bench.tables import KEYS, shown, summary
 
 
 def courses(effect_model: float = 1.0, effect_timing: float = 0.5, patients: int = 12) -> pd.DataFrame:

@@ -1,7 +1,12 @@
 "Tables of runs: cells by name, kept, resumed, never mixed."
 
 import json
+import os
+import signal
+from pathlib import Path
 
+import joblib
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,8 +14,9 @@ import torch
 from medsim.agents import ppo, sac
 from medsim.agents.onpolicy import Student
 from medsim.agents.policy import load_policy
-from medsim.bench.protocol import METHODS, Cell, Study, grid, run_cell, run_table
+from medsim.bench.protocol import METHODS, Cell, Study, grid, run_cell, run_table, trace_cell
 from medsim.envs.registration import sepsis
+from medsim.sim.condition import Septic
 
 torch.set_num_threads(1)
 PATIENTS = sepsis().select([0, 1])
@@ -89,3 +95,59 @@ def test_an_interrupted_cell_goes_on(tmp_path, monkeypatch):
     assert calls[0] == 15 + 10  # ten of twenty updates were kept
     pd.testing.assert_frame_equal(resumed, run_cell(cell, PATIENTS, study, tmp_path / "b"))
     assert json.loads((tmp_path / "a" / cell.name / "cell.json").read_text())["cell"]["method"] == "PPO"
+
+
+def test_a_cluster_gives_the_same_table(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    cells = grid(["PPO"], timings=["fixed"], budgets=[5])
+    local = run_table(cells, PATIENTS, LITTLE, tmp_path / "local", progress=False)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, \
+            distributed.Client(cluster), joblib.parallel_config(backend="dask"):
+        spread = run_table(cells, PATIENTS, LITTLE, tmp_path / "cluster", n_jobs=2, progress=False)
+    pd.testing.assert_frame_equal(spread, local, rtol=1e-4, atol=1e-4)
+
+
+class Mortal(Septic):
+    "Patients whose treatment kills the process, once: when the file that the environment names is not there yet."
+
+    def reward_given(self, y, u, severity):
+        Mortal.asked = getattr(Mortal, "asked", 0) + 1
+        marker = Path(os.environ["MEDSIM_TEST_KILL"])
+        if Mortal.asked > 30 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reward_given(y, u, severity)
+
+
+def test_a_killed_worker_costs_its_cell_a_retry(tmp_path, monkeypatch):
+    "A process that kills itself in the middle of a cell: the table is the same, the other cell is not made again."
+    monkeypatch.setenv("MEDSIM_TEST_KILL", str(tmp_path / "marker"))
+    cells = grid(["PPO"], timings=["fixed"], budgets=[5])
+    killed = run_table(cells, Mortal(PATIENTS.model), LITTLE, tmp_path / "a", n_jobs=2, progress=False)
+    assert (tmp_path / "marker").exists()
+    whole = run_table(cells, PATIENTS, LITTLE, tmp_path / "b", progress=False)
+    pd.testing.assert_frame_equal(killed, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_given_population_is_who_the_policy_learns_on(tmp_path):
+    cell = Cell("PPO", budget=5, model="population")
+    mean = run_cell(cell, PATIENTS, LITTLE, tmp_path / "a")
+    same = run_cell(cell, PATIENTS, LITTLE, tmp_path / "b", PATIENTS.population())
+    pd.testing.assert_frame_equal(mean, same)
+    other = run_cell(cell, PATIENTS, LITTLE, tmp_path / "c", sepsis().select([5]))
+    assert not other.severity.equals(mean.severity)
+    assert load_policy(tmp_path / "c" / cell.name / "policy").k == 1
+
+
+def test_a_finished_cell_can_be_looked_at_hour_by_hour(tmp_path):
+    cell = Cell("PPO", "adaptive", 5)
+    courses = run_cell(cell, PATIENTS, LITTLE, tmp_path)
+    hourly = trace_cell(cell, PATIENTS, LITTLE, tmp_path, copies=2, every_h=0.25)
+    assert len(hourly) == 2 * 2 * (96 * 4 + 1) and set(hourly.method) == {"PPO"}
+    mean = hourly[hourly.hour < 96].groupby("course").sofa.mean().to_numpy()
+    safe = 1 - (hourly[hourly.hour < 96].lactate > 4).groupby(hourly.course).mean().to_numpy()
+    np.testing.assert_allclose(mean, courses.severity, atol=0.05)
+    np.testing.assert_allclose(safe, courses.safe, atol=0.01)
+    visits = hourly.groupby("course").visit.sum().to_numpy()
+    assert (visits == courses.decisions).all()
+    with pytest.raises(ValueError, match="every_h=0"): trace_cell(cell, PATIENTS, LITTLE, tmp_path, every_h=0)

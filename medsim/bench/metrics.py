@@ -32,7 +32,7 @@ def late_danger(env: TreatmentVectorEnv, u: Tensor, start: Tensor, dt: Tensor, l
     bad = (torch.stack(margin) > 0).any(0) & (start + hours >= late_h)
     return bad.sum(0) * dt / n
 
-
+# %% ../../nbs/bench/01_metrics.ipynb #f4f814fb
 class Visit(NamedTuple):
     "A decision of every row and its interval; all (N, ..)."
 
@@ -55,7 +55,7 @@ def visits(env: TreatmentVectorEnv, policy: Actor, seed: int | None, generator: 
         yield Visit(going, u, start, step.info["dt"].view(batch.shape), step)
         obs, going = step.obs, going & ~step.done
 
-
+# %% ../../nbs/bench/01_metrics.ipynb #e0b408dd
 def follow(
     env: TreatmentVectorEnv, policy: Actor, *, episodes: int = 1, seed: int = 0, deterministic: bool = True,
     late_h: float = 20.0, step_h: float = 0.25,
