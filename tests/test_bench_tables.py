@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from medsim.bench.figures import draw_by_patient
-from medsim.bench.tables import KEYS, shown, summary
+from medsim.bench.tables import KEYS, findings, shown, summary
 
 
 def courses(effect_model: float = 1.0, effect_timing: float = 0.5, patients: int = 12) -> pd.DataFrame:
@@ -50,3 +50,25 @@ def test_text_and_picture():
 
 def test_other_frames_are_refused():
     with pytest.raises(ValueError, match="lacks the columns budget"): summary(courses().drop(columns="budget"))
+
+
+def with_limit(severity: float, safe: float) -> pd.DataFrame:
+    "PPO and a PPO-Lag that differs from it by as much, for everybody alike."
+    made = courses()
+    other = made.assign(method="PPO-Lag", severity=made.severity + severity, safe=made.safe + safe)
+    return pd.concat([made, other], ignore_index=True)
+
+
+@pytest.mark.parametrize(("severity", "safe", "safer", "lower_is_not"), [
+    (1.0, 0.1, "yes", "yes"), (1.0, -0.1, "the reverse", "the reverse"), (-1.0, 0.1, "yes", "the reverse"),
+    (-1.0, -0.1, "the reverse", "yes"), (0.0, 0.1, "yes", "not seen"), (1.0, 0.0, "not seen", "not seen"),
+])
+def test_the_claims_say_what_the_differences_are(severity, safe, safer, lower_is_not):
+    found = findings(with_limit(severity, safe)).groupby("claim").says.agg(set)
+    assert found["Lagrangian is safer"] == {safer} and found["lower SOFA is not safer"] == {lower_is_not}
+    assert found["adaptive beats fixed"] == found["individual beats population"] == {"yes"}
+
+
+def test_claims_without_anything_to_compare():
+    alone = courses().query("model == 'individual' and timing == 'adaptive'")
+    assert findings(alone).empty
