@@ -59,7 +59,7 @@ def support(
     mask: np.ndarray,  # (N, T) bool
     least: float = 0.01,
 ) -> pd.DataFrame:
-    "Shares `of` how many steps: support mass, first choices without support, agreement. ValueError for what is no policy."
+    "Shares `of` how many steps: support mass, first choices without support, agreement. ValueError for no policy."
     for name, p in (("policy", policy), ("behaviour", behaviour)):
         if p.shape[:2] != mask.shape or p.shape != policy.shape:
             raise ValueError(f"{name}: shape {p.shape}; both need (N, T, A) with N, T of the mask, {mask.shape}")

@@ -22,14 +22,21 @@ class RobustSums:
     columns: np.ndarray
     log_any: float  # by which DR's weights were divided
 
-    def steps(self, counts: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-        "n, DM's and DR's sum, and per step WDR's four sums: errors, their weights, values, their weights."
-        total = self.columns.sum(0) if counts is None else counts @ self.columns
+    def steps(self, total: np.ndarray) -> tuple[np.ndarray, ...]:
+        "Of summed columns: n, DM's and DR's sum, WDR's four a step: errors, their weights, values, their weights."
         return total[..., 0], total[..., 1], total[..., 2], *np.split(total[..., 3:], 4, axis=-1)
 
     def values(self, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
         "Every estimate with row i counted `counts[.., i]` times (default: once)."
-        n, direct, robust, errors, weight, values, before = self.steps(counts)
+        return self.of(self.columns.sum(0) if counts is None else counts @ self.columns)
+
+    def left_out(self) -> dict[str, np.ndarray]:
+        "Every estimate without row i, (N,): the jackknife."
+        return self.of(self.columns.sum(0) - self.columns)
+
+    def of(self, total: np.ndarray) -> dict[str, np.ndarray]:
+        "Every estimate from summed columns (.., 3 + 4 T)."
+        n, direct, robust, errors, weight, values, before = self.steps(total)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             wdr_ = np.where(weight > 0, errors / weight, 0.0) + np.where(before > 0, values / before, 0.0)
             return {"DM": direct / n, "DR": np.exp(self.log_any) * robust / n, "WDR": wdr_.sum(-1)}
@@ -77,7 +84,7 @@ def partial(
 ) -> np.ndarray:
     "Contributions (N, T + 1) of the episodes to g^(-1) ... g^(T-1), which are their sums. Errors as above."
     s = robust_sums(ratio, reward, mask, q, v, gamma, ended)
-    _, _, _, _, weight, _, before = s.steps()
+    _, _, _, _, weight, _, before = s.steps(s.columns.sum(0))
     errors, _, values, _ = np.split(s.columns[:, 3:], 4, axis=-1)
     error, value = (np.divide(x, d, out=np.zeros_like(x), where=d > 0) for x, d in ((errors, weight), (values, before)))
     done = np.cumsum(error + value, 1)

@@ -60,7 +60,14 @@ class Sums:
 
     def values(self, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
         "Every estimate with row i counted `counts[.., i]` times (default: once); NaN where no weight is left."
-        total = self.columns.sum(0) if counts is None else counts @ self.columns
+        return self.of(self.columns.sum(0) if counts is None else counts @ self.columns)
+
+    def left_out(self) -> dict[str, np.ndarray]:
+        "Every estimate without row i, (N,): the jackknife."
+        return self.of(self.columns.sum(0) - self.columns)
+
+    def of(self, total: np.ndarray) -> dict[str, np.ndarray]:
+        "Every estimate from summed columns (.., 5 + 2 T)."
         n, weighted, weight, paid, shares = np.moveaxis(total[..., :5], -1, 0)
         top, below = np.split(total[..., 5:], 2, axis=-1)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
