@@ -182,8 +182,8 @@ def evaluate(
     whom: dict[str, tuple[list[Sums | RobustSums], np.ndarray]] = {}
     for name, p in {"": policy, **(against or {})}.items():
         itself = name and p is None  # the clinicians: every ratio is 1
-        theirs = (one, one) if itself else (p, behaviour)
-        whom[name] = all_sums(episodes, *theirs, None if name else used, gamma, per, ended, group)
+        p, below = (one, one) if itself else (p, behaviour)
+        whom[name] = all_sums(episodes, p, below, None if name else used, gamma, per, ended, group)
     value, left = ({n: merged(parts, how) for n, (parts, _) in whom.items()} for how in ("values", "left_out"))
     drawn: dict[str, list[dict[str, np.ndarray]]] = {n: [] for n in whom}
     for counts in multiplicities(int(group.max()) + 1, n_boot, seed):
@@ -214,7 +214,7 @@ def compare(episodes: Episodes, policies: Mapping[str, Policy], **how: Any) -> p
 
 
 def draw_estimates(table: pd.DataFrame, unit: str = "value", clinicians: float | None = None, ax: Any = None) -> Any:
-    "A line a row of `compare`: estimate and interval, flagged ones grey and dashed; a vertical line for the clinicians."
+    "A line a row of `compare`: estimate and interval, flagged ones grey and dotted; a vertical line for clinicians."
     import matplotlib.pyplot as plt
 
     rows = table[table.against == ""].reset_index(drop=True)
