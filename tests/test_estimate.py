@@ -66,7 +66,7 @@ def test_truth_lies_in_most_intervals():
         t = evaluate(log, at_steps(TILTED, log), estimators=names, n_boot=300, seed=seed)
         if (t.flag == "").all(): held.append((t.ci_low <= truth) & (truth <= t.ci_high))
     share = np.mean(held, 0)
-    assert len(held) > 45 and (share >= 0.85).all(), dict(zip(names, share, strict=True))
+    assert len(held) > 30 and (share >= 0.85).all(), dict(zip(names, share, strict=True))
 
 
 def test_the_clinicians_against_themselves():
@@ -112,18 +112,22 @@ def test_no_overlap_is_flagged_and_not_ranked():
     lost = table[table.policy == "never"]
     assert np.isnan(lost.value[lost.estimator == "WIS"]).all() and lost["rank"].isna().all()
     assert lost.flag.str.contains("ESS 0").all() and lost.flag.str.contains("no overlap").any()
-    assert (table[table.policy == "near"]["rank"] == 1).all()
+    near = table[(table.policy == "near") & (table.estimator == "WIS")]
+    assert (near["rank"] == 1).all()
     assert len(draw_estimates(table, clinicians=0.5).lines) == 2 * 4 + 1
 
 
 @pytest.mark.parametrize(("report", "word"), [
     ({"ess": 20.0}, "ESS 20"), ({"max_weight_share": 0.5}, "50 % of the weight"),
-    ({"tail_index": 0.9}, "tail index 0.90"),
+    ({"tail_index": 1.1}, "tail index 1.10"),
     ({"share_without": 0.99}, "99 % of the episodes"), ({"ess": float("nan")}, "ESS"),
+    ({"mean_weight": 0.6}, "mean weight 0.60"), ({"mean_weight": 1.5}, "mean weight 1.50"),
 ])
 def test_every_limit_flags(report, word):
-    fine = {"ess": 500.0, "max_weight_share": 0.01, "tail_index": 0.2, "share_without": 0.0}
+    fine = {"ess": 500.0, "ess_fraction": 0.3, "max_weight_share": 0.01, "mean_weight": 1.0, "tail_index": 0.2,
+            "share_without": 0.0}
     assert Limits().flag(fine) == "" and word in Limits().flag(fine | report)
+    assert "30 % of the episodes, too few for PDIS" in Limits().flag(fine, "PDIS")
 
 
 def test_with_a_model():

@@ -42,13 +42,14 @@ def tail_index(log: np.ndarray) -> float:
 
 # %% ../../nbs/ope/04_diagnostics.ipynb #13ca90ba
 def weight_report(ratio: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    "Of the final weights: ess, ess_fraction, max_weight_share, tail_index, share_without (of episodes with weight 0)."
+    "Of the final weights: ess, ess_fraction, max_weight_share, tail_index, mean_weight, share_without (weight 0)."
     log = log_weights(ratio, mask)[:, -1]
-    w = relative(log)[0]
+    w, most = relative(log)
     total = w.sum()
     size = total**2 / (w**2).sum() if total > 0 else 0.0
     return {"ess": float(size), "ess_fraction": float(size / len(w)), "tail_index": tail_index(log),
             "max_weight_share": float(w.max() / total) if total > 0 else float("nan"),
+            "mean_weight": float(np.exp(min(most.item(), 700.0)) * total / len(w)),
             "share_without": float((w == 0).mean())}
 
 # %% ../../nbs/ope/04_diagnostics.ipynb #9d92ab08

@@ -93,24 +93,30 @@ class Limits:
 
     ess: float = 100.0  # effective episodes
     max_weight_share: float = 0.1  # of the heaviest episode
-    tail_index: float = 0.7  # Vehtari et al. 2024
-    share_without: float = 0.95  # of episodes with weight 0
+    mean_weight: float = 0.3  # its distance from 1
+    tail_index: float = 1.0  # where weights have no mean
+    share_without: float = 0.5  # of episodes with weight 0
+    ess_fraction: float = 0.5  # of the episodes, for all but WIS
 
-    def flag(self, report: Mapping[str, float]) -> str:
+    def flag(self, report: Mapping[str, float], estimator: str = "WIS") -> str:
         "What is wrong, in words; '' if nothing is."
         bad = []
         if not report["ess"] >= self.ess: bad.append(f"ESS {report['ess']:.0f} below {self.ess:g}")
+        if not abs(report["mean_weight"] - 1) <= self.mean_weight:
+            bad.append(f"mean weight {report['mean_weight']:.2f} should be 1")
         if not report["max_weight_share"] <= self.max_weight_share:
             bad.append(f"one episode has {100 * report['max_weight_share']:.0f} % of the weight")
         if not report["tail_index"] <= self.tail_index: bad.append(f"tail index {report['tail_index']:.2f}")
         if not report["share_without"] <= self.share_without:
             bad.append(f"{100 * report['share_without']:.0f} % of the episodes have no weight")
+        if estimator != "WIS" and not report["ess_fraction"] >= self.ess_fraction:
+            bad.append(f"ESS {100 * report['ess_fraction']:.0f} % of the episodes, too few for {estimator}")
         return "; ".join(bad)
 
 
 WEIGHTED = ("IS", "WIS", "PDIS", "WPDIS", "CWPDIS")
 MODELLED = ("DM", "DR", "WDR")
-REPORTED = ("ess", "ess_fraction", "max_weight_share", "tail_index")
+REPORTED = ("ess", "ess_fraction", "mean_weight", "max_weight_share", "tail_index")
 COLUMNS = ("estimator", "against", "value", "ci_low", "ci_high", *REPORTED, "n", "patients", "flag")
 
 # %% ../../nbs/ope/05_estimate.ipynb #3818eaa8
@@ -165,7 +171,7 @@ def evaluate(
     ended: Ended = "carry",
     n_boot: int = 1000,
     by: str = "subject",
-    method: Literal["bca", "percentile"] = "bca",
+    method: Literal["percentile", "bca"] = "percentile",
     level: float = 0.95,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     seed: int = 0,
@@ -198,7 +204,7 @@ def evaluate(
                 value[name][base], np.concatenate([d[base] for d in drawn[name]]), left[name][base])
             v = float(value[""][estimator] - other[0])
             ends = interval(v, whole - other[1], left[""][estimator] - other[2], method, level)
-            flag = "" if estimator == "DM" else limits.flag(report)
+            flag = "" if estimator == "DM" else limits.flag(report, estimator)
             if not np.isfinite(v): flag = "; ".join(filter(None, (flag, "no overlap")))
             rows.append((estimator, name, v, *ends, *(report[k] for k in REPORTED), len(episodes),
                          int(group.max()) + 1, flag))
