@@ -48,12 +48,11 @@ class Actor:
         return torch.log(torch.as_tensor(TILTED)[torch.as_tensor(state(obs.numpy())), action])
 
 
-def test_three_forms_of_one_policy():
+def test_four_forms_of_one_policy():
     whole = at_steps(TILTED)
     chosen = np.take_along_axis(whole, LOG.action[..., None], -1)[..., 0]
-    a, b, c = (evaluate(LOG, p, n_boot=50) for p in (whole, chosen, Actor()))
-    pd.testing.assert_frame_equal(a, b)
-    pd.testing.assert_frame_equal(a, c)
+    a, *others = (evaluate(LOG, p, n_boot=50) for p in (whole, chosen, Actor(), TILTED))
+    for other in others: pd.testing.assert_frame_equal(a, other)
     np.testing.assert_allclose(ratios(LOG, whole)[LOG.mask], 3 * chosen[LOG.mask], rtol=1e-6)
 
 
@@ -155,6 +154,7 @@ def test_steps_leave_out_what_was_cut_off():
 
 
 @pytest.mark.parametrize(("change", "message"), [
+    (dict(policy="few"), "policy: episode .*: a state beyond the 2 of the table"),
     (dict(policy="twice"), "policy: episode 0, step 0: the probabilities do not sum to 1"),
     (dict(policy="short"), r"policy: shape \(400,"), (dict(policy="nan"), "policy: episode 0, step 0"),
     (dict(behaviour="zero"), "behaviour: episode 3, step 0: has probability 0"),
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_named(change, message):
     p = at_steps(TILTED)
     zero = LOG.behaviour_prob.copy()
     zero[3, 0] = 0
-    forms = {"twice": 2 * p, "short": p[..., :2], "nan": p * np.nan, "zero": zero}
+    forms = {"twice": 2 * p, "short": p[..., :2], "nan": p * np.nan, "zero": zero, "few": TILTED[:2]}
     given = {k: forms.get(v, v) if isinstance(v, str) else v for k, v in change.items()}
     policy = given.pop("policy", p)
     with pytest.raises(ValueError, match=message): evaluate(LOG, policy, n_boot=10, **given)
