@@ -47,7 +47,7 @@ class RobustSums:
         np.add.at(out, group, self.columns)
         return RobustSums(out, self.log_any)
 
-
+# %% ../../nbs/ope/02_doubly_robust.ipynb #e7331102
 def check_model(q: np.ndarray, v: np.ndarray, mask: np.ndarray) -> None:
     "ValueError naming episode and step if the model's numbers do not fit the mask or are not finite."
     for name, x in (("q", q), ("v", v)):

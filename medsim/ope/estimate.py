@@ -169,7 +169,7 @@ def merged(parts: Sequence[Sums | RobustSums], how: str, *given: Any) -> dict[st
     "The values of all parts."
     return {k: v for part in parts for k, v in getattr(part, how)(*given).items()}
 
-
+# %% ../../nbs/ope/05_estimate.ipynb #a1ef1e4b
 def evaluate(
     episodes: Episodes,
     policy: Policy,
