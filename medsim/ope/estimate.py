@@ -10,13 +10,13 @@ __all__ = ['Policy', 'WEIGHTED', 'MODELLED', 'REPORTED', 'COLUMNS', 'by_step', '
 # %% ../../nbs/ope/05_estimate.ipynb #cc39eec1
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
+from ..core.stats import bca_levels
 from ..data.arrays import refuse
 from ..data.episodes import Episodes
 from .diagnostics import weight_report
@@ -88,13 +88,9 @@ def interval(
     if not (np.isfinite(replicates).all() and np.isfinite(value)): return float("nan"), float("nan")
     at = np.array([(1 - level) / 2, (1 + level) / 2])
     if method == "bca" and np.ptp(replicates) > 0:
-        normal, n = NormalDist(), len(replicates)
-        below = ((replicates < value).sum() + (replicates <= value).sum()) / 2
-        z0 = normal.inv_cdf(float(np.clip(below / n, 0.5 / n, 1 - 0.5 / n)))
         d = left_out.mean() - left_out
         a = (d**3).sum() / (6 * max((d**2).sum(), 1e-300) ** 1.5)
-        z = np.array([z0 + normal.inv_cdf(float(p)) for p in at])
-        at = np.array([normal.cdf(z0 + x / (1 - a * x)) for x in z])
+        at = bca_levels(replicates, value, a, level)
     low, high = np.quantile(replicates, at)
     return float(low), float(high)
 
