@@ -12,27 +12,18 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ..data.arrays import refuse
-from .importance import Ended, as_discounts, check, log_weights, relative
+from .importance import Added, Ended, as_discounts, check, log_weights, relative
 
 # %% ../../nbs/ope/02_doubly_robust.ipynb #26285878
 @dataclass(frozen=True)
-class RobustSums:
-    "What DM, DR and WDR add up, a row an episode (or a patient): (N, 3 + 4 T) columns."
+class RobustSums(Added):
+    "What DM, DR and WDR add up: 3 + 4 T columns."
 
-    columns: np.ndarray
     log_any: float  # by which DR's weights were divided
 
     def steps(self, total: np.ndarray) -> tuple[np.ndarray, ...]:
         "Of summed columns: n, DM's and DR's sum, WDR's four a step: errors, their weights, values, their weights."
         return total[..., 0], total[..., 1], total[..., 2], *np.split(total[..., 3:], 4, axis=-1)
-
-    def values(self, counts: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        "Every estimate with row i counted `counts[.., i]` times (default: once)."
-        return self.of(self.columns.sum(0) if counts is None else counts @ self.columns)
-
-    def left_out(self) -> dict[str, np.ndarray]:
-        "Every estimate without row i, (N,): the jackknife."
-        return self.of(self.columns.sum(0) - self.columns)
 
     def of(self, total: np.ndarray) -> dict[str, np.ndarray]:
         "Every estimate from summed columns (.., 3 + 4 T)."
@@ -40,12 +31,6 @@ class RobustSums:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             wdr_ = np.where(weight > 0, errors / weight, 0.0) + np.where(before > 0, values / before, 0.0)
             return {"DM": direct / n, "DR": np.exp(self.log_any) * robust / n, "WDR": wdr_.sum(-1)}
-
-    def by(self, group: np.ndarray) -> "RobustSums":
-        "Rows with the same number in `group` (N,) added up."
-        out = np.zeros((group.max() + 1, self.columns.shape[1]))
-        np.add.at(out, group, self.columns)
-        return RobustSums(out, self.log_any)
 
 # %% ../../nbs/ope/02_doubly_robust.ipynb #e7331102
 def check_model(q: np.ndarray, v: np.ndarray, mask: np.ndarray) -> None:
