@@ -74,7 +74,7 @@ class Added:
         np.add.at(out, group, self.columns)
         return replace(self, columns=out)
 
-
+# %% ../../nbs/ope/01_importance.ipynb #88cf1906
 @dataclass(frozen=True)
 class Sums(Added):
     "What the importance estimators add up: 5 + 2 T columns."
