@@ -108,23 +108,29 @@ def test_a_cluster_gives_the_same_table(tmp_path):
 
 
 class Mortal(Septic):
-    "Patients whose treatment kills the process, once: when the file that the environment names is not there yet."
+    "Patients whose treatment kills the process, once: when the file `marker` is not there yet."
+
+    asked, marker = 0, Path()
+
+    def _over(self, model):
+        other = super()._over(model)
+        other.marker = self.marker
+        return other
 
     def reward_given(self, y, u, severity):
-        Mortal.asked = getattr(Mortal, "asked", 0) + 1
-        marker = Path(os.environ["MEDSIM_TEST_KILL"])
-        if Mortal.asked > 30 and not marker.exists():
-            marker.touch()
+        self.asked += 1
+        if self.asked > 30 and not self.marker.exists():
+            self.marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().reward_given(y, u, severity)
 
 
-def test_a_killed_worker_costs_its_cell_a_retry(tmp_path, monkeypatch):
+def test_a_killed_worker_costs_its_cell_a_retry(tmp_path):
     "A process that kills itself in the middle of a cell: the table is the same, the other cell is not made again."
-    monkeypatch.setenv("MEDSIM_TEST_KILL", str(tmp_path / "marker"))
-    cells = grid(["PPO"], timings=["fixed"], budgets=[5])
-    killed = run_table(cells, Mortal(PATIENTS.model), LITTLE, tmp_path / "a", n_jobs=2, progress=False)
-    assert (tmp_path / "marker").exists()
+    cells, mortal = grid(["PPO"], timings=["fixed"], budgets=[5]), Mortal(PATIENTS.model)
+    mortal.marker = tmp_path / "marker"  # travels with the patients: the processes may be older than this test
+    killed = run_table(cells, mortal, LITTLE, tmp_path / "a", n_jobs=2, progress=False)
+    assert mortal.marker.exists()
     whole = run_table(cells, PATIENTS, LITTLE, tmp_path / "b", progress=False)
     pd.testing.assert_frame_equal(killed, whole, rtol=1e-4, atol=1e-4)
 
