@@ -29,7 +29,8 @@ def main() -> None:
                  evaluation_policy_action_dist=e["policy"].reshape(n * t, a), gamma=0.9,
                  state_action_value_prediction=e["q"].reshape(n * t, a))
     names = {"DM": "DirectMethod", "IS": "TrajectoryWiseImportanceSampling", "PDIS": "PerDecisionImportanceSampling",
-             "DR": "DoublyRobust", "WIS": "SelfNormalizedTIS", "CWPDIS": "SelfNormalizedPDIS", "WDR": "SelfNormalizedDR"}
+             "DR": "DoublyRobust", "WIS": "SelfNormalizedTIS", "CWPDIS": "SelfNormalizedPDIS",
+             "WDR": "SelfNormalizedDR"}
     print(json.dumps({ours: getattr(peer, theirs)().estimate_policy_value(**given) for ours, theirs in names.items()}))
 
 

@@ -205,8 +205,8 @@ class View:
         scale = np.concatenate([sd, np.full(ages, 24.0), DRUG_MAX / 4, [24.0]])
         d = len(self.names)
         units = [*(s.unit for s in condition.states), *["h"] * ages, "ug/kg/min", "mL/h", "h"]
-        mean, scale = (tuple(map(float, v)) for v in (mean, scale))
-        made = Normaliser(self.names, mean, mean, scale, (-np.inf,) * d, (np.inf,) * d, (False,) * d)
+        at, width = tuple(mean.tolist()), tuple(scale.tolist())
+        made = Normaliser(self.names, at, at, width, (-np.inf,) * d, (np.inf,) * d, (False,) * d)
         return made, dict(zip(self.names, units, strict=True))
 
 # %% ../../nbs/ope/08_cohort.ipynb #e09ce159

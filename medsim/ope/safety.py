@@ -250,7 +250,7 @@ def draw_flags(table: pd.DataFrame, ax: Any = None) -> Any:
         if not pd.isna(row.at_risk): said = f"of {row.at_risk:,} {row.of}, {row.patients:,} patients"
         ax.annotate(said, (1.02, i), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     ax.set(yticks=range(len(flags)), yticklabels=flags, xlim=(0, 100), xlabel="of these steps flagged (%)")
-    ax.invert_yaxis()
+    ax.set_ylim(len(flags) - 0.5, -0.5)
     ax.legend(frameon=False, fontsize=8, ncols=len(whom), loc="lower left", bbox_to_anchor=(0, 1))
     return ax
 
