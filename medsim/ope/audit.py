@@ -159,9 +159,14 @@ class Clustered:
 
 
 def tabulated(
-    episodes: Episodes, clone: Learned, solver: Any = None, *, n_states: int = 100, threshold: float = 3, seed: int = 0
+    episodes: Episodes, clone: Learned, solver: Any = None, *, n_states: int | None = None, threshold: float = 3,
+    seed: int = 0,
 ) -> Clustered:
-    "The optimal table of clustered states, or what the tabular agent `solver` learns; elsewhere the clone's."
+    """The optimal table of clustered states, or what the tabular agent `solver` learns; elsewhere the clone's.
+
+    `n_states`: None for one to a hundred steps, between 5 and 200. Errors of `as_states` and `build_mdp`.
+    """
+    n_states = n_states or int(np.clip(episodes.mask.sum() // 100, 5, 200))
     found = as_states(episodes, n_states, seed=seed, folds=("train",))
     mdp = found.mdp(threshold)
     if solver is None: best = mdp.value_iteration()[1].astype(float)
@@ -264,8 +269,8 @@ class Verdict:
     def __str__(self) -> str:
         p = {k: f"{100 * getattr(self, k):.1f}" for k in ("claimed", "low", "high", "true", "true_clinicians")}
         side = "more" if self.gain > 0 else "fewer"
-        said = (f"claimed: {p['claimed']} % survive [{p['low']}, {p['high']}], {abs(100 * self.gain):.1f} points {side} "
-                f"than under the clinicians; true: {p['true']} %, clinicians {p['true_clinicians']} %. ")
+        said = (f"claimed: {p['claimed']} % survive [{p['low']}, {p['high']}], {abs(100 * self.gain):.1f} points "
+                f"{side} than under the clinicians; true: {p['true']} %, clinicians {p['true_clinicians']} %. ")
         verdict = "The interval holds the truth" if self.holds else (
             f"The claim is {abs(100 * self.gap):.1f} points too {'high' if self.gap > 0 else 'low'}, and its interval "
             "misses the truth")

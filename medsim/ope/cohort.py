@@ -191,7 +191,7 @@ class View:
 
     def state(self, value: np.ndarray, since: np.ndarray, before: np.ndarray, hour: np.ndarray) -> np.ndarray:
         "States (..., D) from charted values, their ages (..., 6), the doses before (..., 2) and the hour (...)."
-        if self.missing == "mean": value = np.where(since <= self.step_h, value, 0.0)
+        if self.missing == "mean": value = np.where(since < self.step_h + 1e-3, value, 0.0)
         age = [np.minimum(since, 24) / 24] if self.missing == "carry" else []
         clock = np.broadcast_to(np.asarray(hour, float) / 24, value.shape[:-1])[..., None]
         return np.concatenate([value, *age, 4 * before / DRUG_MAX, clock], -1).astype(np.float32)

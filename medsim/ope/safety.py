@@ -353,7 +353,7 @@ def subgroups(
     """
     if how.get("model") is not None: raise ValueError("model: within groups only estimators by weights are offered")
     found: list[dict[Any, Any]] = []
-    whole = [p if p is None or hasattr(p, "log_prob") else np.asarray(by_step(p, episodes))
+    whole = [p if p is None or callable(p) or hasattr(p, "log_prob") else np.asarray(by_step(p, episodes))
              for p in (policy, behaviour, *(against or {}).values())]
     for factor in (Factor("all", ()), *factors):
         if (group := group_of(episodes, factor)) is None:
