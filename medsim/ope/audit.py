@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Judge', 'AGENTS', 'one_data_set', 'repeated', 'scores', 'Frequencies', 'Logistic', 'behaviour_model', 'OneStep',
-           'Clustered', 'tabulated', 'Mixed', 'Pipeline', 'Verdict', 'on_steps', 'learned_and_lived', 'claimed',
-           'pipeline', 'pipelines', 'one_unit', 'draw_gaps']
+           'Clustered', 'tabulated', 'Mixed', 'Pipeline', 'Verdict', 'on_steps', 'studied', 'claimed', 'pipeline',
+           'pipelines', 'one_unit', 'draw_gaps']
 
 # %% ../../nbs/ope/09_audit.ipynb #b3b7423f
 from collections.abc import Callable, Mapping, Sequence
@@ -284,23 +284,19 @@ def on_steps(policy: Learned, episodes: Episodes) -> np.ndarray:
     return np.asarray(p, float).reshape(*episodes.mask.shape, -1)
 
 
-def learned_and_lived(
-    config: Pipeline, kept: Record, peers: Record
-) -> tuple[Learned, dict[str, Episodes], float]:
-    "The policy, its training and other patients, and the share of `peers`' patients who survive under it."
+def studied(config: Pipeline, kept: Record) -> tuple[dict[str, Episodes], Learned]:
+    "The study's training and other patients, and the clinicians' model, fitted to the training patients."
     episodes = as_episodes(kept, config.view)
     learns = (episodes.ids.fold == "train").to_numpy()
-    train = episodes.select(learns)
-    policy = config.learn(train, behaviour_model(train, "state"))
-    lived = deploy(peers.unit, policy, config.view, train.action_spec)  # type: ignore[arg-type]
-    return policy, {"train": train, "test": episodes.select(~learns)}, float(lived.survival.mean())
+    parts = {"train": episodes.select(learns), "test": episodes.select(~learns)}
+    return parts, behaviour_model(parts["train"], "state")
 
 
-def claimed(config: Pipeline, policy: Learned, parts: Mapping[str, Episodes]) -> pd.DataFrame:
+def claimed(config: Pipeline, policy: Learned, parts: Mapping[str, Episodes], clone: Learned) -> pd.DataFrame:
     "Rows of `evaluate`: the value, and the difference from the clinicians."
-    test, train = parts["test" if config.held_out else "train"], parts["train"]
+    test = parts["test" if config.held_out else "train"]
     model = None if config.estimator in WEIGHTED else Linear(test.action_spec.n, ridge=1.0)
-    behaviour = behaviour_model(train, config.behaviour)
+    behaviour = clone if config.behaviour == "state" else behaviour_model(parts["train"], config.behaviour)
     return evaluate(test, on_steps(policy, test), behaviour=on_steps(behaviour, test), model=model,
                     estimators=(config.estimator,), ended=config.ended, against={"clinicians": None})
 
@@ -311,7 +307,7 @@ def pipeline(
     *,
     kept: Record | None = None,  # of the unit; None: simulated here
     peers: Record | None = None,  # other patients under clinicians; None: as many as the unit has, simulated here
-    done: dict[Pipeline, Any] | None = None,  # what was learned and lived before, by pipelines on the same records
+    done: dict[Any, Any] | None = None,  # what was fitted, learned and lived before, on the same records
 ) -> Verdict:
     """Run a pipeline on the records of `unit`, and then its policy on other patients of the same kind.
 
@@ -320,10 +316,15 @@ def pipeline(
     kept = kept or record(unit)
     peers = peers or record(replace(kept.unit, seed=spawn(kept.unit.seed, "peers")))
     done = {} if done is None else done
+    if config.view not in done: done[config.view] = studied(config, kept)
+    parts, clone = done[config.view]
     same = replace(config, behaviour="state", estimator="WIS", ended="carry", held_out=True)  # only the claim differs
-    if same not in done: done[same] = learned_and_lived(config, kept, peers)
-    policy, parts, true = done[same]
-    alone, over = (row for _, row in claimed(config, policy, parts).iterrows())
+    if same not in done:
+        policy = config.learn(parts["train"], clone)
+        lived = deploy(peers.unit, policy, config.view, parts["train"].action_spec)  # type: ignore[arg-type]
+        done[same] = policy, float(lived.survival.mean())
+    policy, true = done[same]
+    alone, over = (row for _, row in claimed(config, policy, parts, clone).iterrows())
     return Verdict(config, alone.value, alone.ci_low, alone.ci_high, alone.flag, alone.ess, over.value, over.ci_low,
                    over.ci_high, true, float(peers.survival.mean()), policy)
 
@@ -351,7 +352,7 @@ def one_unit(configs: Mapping[str, Pipeline], unit: VirtualUnit, i: int, folder:
         if [*done.name] != [*configs]: raise ValueError(f"{file.name} is of other pipelines; choose another folder")
         return done
     kept = record(replace(unit, seed=spawn(unit.seed, "unit", i)))
-    peers, lived = record(replace(unit, seed=spawn(unit.seed, "peers", i))), dict[Pipeline, Any]()
+    peers, lived = record(replace(unit, seed=spawn(unit.seed, "peers", i))), dict[Any, Any]()
     said = {n: pipeline(c, kept=kept, peers=peers, done=lived).row() for n, c in configs.items()}
     out = pd.DataFrame([{"name": n, "repetition": i, **row} for n, row in said.items()])
     if file is not None:

@@ -113,7 +113,7 @@ def interval(
 
 # %% ../../nbs/ope/05_estimate.ipynb #86967f53
 # of the episodes, the ESS that is needed where neither the final weights divide nor a model mends
-PLAIN = {"IS": 0.75, "PDIS": 0.75, "WPDIS": 0.75, "CWPDIS": 0.5}
+PLAIN = {"IS": 0.9, "PDIS": 0.9, "WPDIS": 0.9, "CWPDIS": 0.5}
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ class Asked:
     gamma: float
     per: Any
     ended: Ended
+    folds: int
 
     def ratio(self, episodes: Episodes, policy: Policy | None) -> np.ndarray:
         "pi_e / pi_b of what was done, (N, T)."
@@ -184,13 +185,21 @@ class Asked:
         return ratios(episodes, policy, self.behaviour(episodes) if fits else self.behaviour)
 
     def modelled(self, episodes: Episodes, policy: Policy) -> tuple[np.ndarray, np.ndarray]:
-        "q and v (N, T), by a regression fitted here. ValueError if actions have no probabilities."
+        "q and v (N, T), by a regression fitted to other subjects. ValueError if actions have no probabilities."
         if isinstance(self.model, tuple): return self.model
         if isinstance(self.model, Episodes): return lived(episodes, self.model, self.gamma, self.per)
         p = np.asarray(by_step(policy, episodes), float)
         if p.ndim != 3: raise ValueError("policy: to fit a model its probabilities of every action are needed")
-        fitted = fqe(steps_of(episodes, p, self.gamma, self.per), copy.deepcopy(self.model))[0]
-        return model_values(fitted, episodes, p)
+        subject, whom = pd.factorize(episodes.ids.subject_id)
+        fold = np.random.default_rng(0).permutation(len(whom))[subject] % self.folds
+        q, v = np.zeros(p.shape[:2]), np.zeros(p.shape[:2])
+        for f in range(self.folds):
+            own = fold == f
+            learns = np.logical_not(own) if self.folds > 1 else own
+            steps = steps_of(episodes.select(learns), p[learns], self.gamma, self.per)
+            fitted = fqe(steps, copy.deepcopy(self.model))[0]
+            q[own], v[own] = model_values(fitted, episodes.select(own), p[own])
+        return q, v
 
     def parts(self, episodes: Episodes, group: np.ndarray) -> Parts:
         "What the estimators add up by patient, of each side."
@@ -252,6 +261,7 @@ def evaluate(
     method: Method | None = None,  # None: "jackknife", or "percentile" where `refit`
     n_boot: int = 1000,  # for "percentile" and "bca"
     refit: bool = False,  # fit model and behaviour anew in every replicate
+    folds: int = 2,  # of subjects: a regression is fitted to the others, unless there is one fold
     by: str = "subject",
     level: float = 0.95,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
@@ -263,10 +273,11 @@ def evaluate(
     ValueError naming what does not fit.
     """
     used = check_asked(estimators, model, behaviour, by, method, refit)
+    if not 1 <= folds <= episodes.ids.subject_id.nunique(): raise ValueError(f"folds={folds}: needs as many subjects")
     method = method or ("percentile" if refit else "jackknife")
     group = pd.factorize(episodes.ids.subject_id)[0]
     sides = {k: by_step(p, episodes) for k, p in {"": policy, **(against or {})}.items()}
-    asked = Asked(sides, behaviour, used, gamma, per, ended)
+    asked = Asked(sides, behaviour, used, gamma, per, ended, folds)
     parts = asked.parts(episodes, group)
     value, left = ({n: merged(p, how) for n, p in parts.items()} for how in ("values", "left_out"))
     boot = 0 if method == "jackknife" else n_boot
