@@ -135,7 +135,7 @@ def test_no_overlap_is_flagged_and_not_ranked():
     ({"ess": 20.0}, "ESS 20"), ({"max_weight_share": 0.5}, "50 % of the weight"),
     ({"tail_index": 1.1}, "tail index 1.10"),
     ({"share_without": 0.99}, "99 % of the episodes"), ({"ess": float("nan")}, "ESS"),
-    ({"mean_weight": 0.6}, "mean weight 0.60"), ({"mean_weight": 1.5}, "mean weight 1.50"),
+    ({"mean_weight": 0.5}, "mean weight 0.50"), ({"mean_weight": 1.5}, "mean weight 1.50"),
 ])
 def test_every_limit_flags(report, word):
     fine = {"ess": 500.0, "ess_fraction": 0.3, "max_weight_share": 0.01, "mean_weight": 1.0, "tail_index": 0.2,

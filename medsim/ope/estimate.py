@@ -120,9 +120,9 @@ PLAIN = {"IS": 0.9, "PDIS": 0.9, "WPDIS": 0.9, "CWPDIS": 0.5}
 class Limits:
     "Beyond these an estimate by weights is flagged."
 
-    ess: float = 100.0  # effective episodes
+    ess: float = 50.0  # effective episodes
     max_weight_share: float = 0.1  # of the heaviest episode
-    mean_weight: float = 0.3  # its distance from 1
+    mean_weight: float = 0.4  # its distance from 1
     tail_index: float = 1.0  # where weights have no mean
     share_without: float = 0.5  # of episodes with weight 0
     plain_mean_weight: float = 0.05  # its distance from 1, for `PLAIN` estimators
