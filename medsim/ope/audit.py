@@ -330,21 +330,24 @@ def pipeline(
 
 # %% ../../nbs/ope/09_audit.ipynb #f4c4c5e6
 def pipelines(
-    configs: Mapping[str, Pipeline], unit: VirtualUnit, repetitions: int = 5, *, folder: str | Path | None = None,
-    n_jobs: int = 1, progress: bool = True,
+    configs: Mapping[str, Pipeline], unit: VirtualUnit, repetitions: int = 5, *, peers: int | None = None,
+    folder: str | Path | None = None, n_jobs: int = 1, progress: bool = True,
 ) -> pd.DataFrame:
-    """A row a pipeline and repetition: `Verdict.row`. `folder`: one file a repetition, to resume from.
+    """A row a pipeline and repetition: `Verdict.row`. `peers`: patients on whom policies are tried, None for as many.
 
-    ValueError if a file is of other pipelines.
+    `folder`: one file a repetition, to resume from; ValueError if a file is of other pipelines.
     """
     if folder is not None: Path(folder).mkdir(parents=True, exist_ok=True)
-    jobs = [delayed(one_unit)(configs, unit, i, None if folder is None else Path(folder)) for i in range(repetitions)]
+    where, size = None if folder is None else Path(folder), peers or unit.patients
+    jobs = [delayed(one_unit)(configs, unit, i, size, where) for i in range(repetitions)]
     run = Parallel(n_jobs=n_jobs, return_as="generator")(jobs)
     parts = [*tqdm(run, total=repetitions, disable=not progress, unit=" units")]
     return pd.concat(parts, ignore_index=True)
 
 
-def one_unit(configs: Mapping[str, Pipeline], unit: VirtualUnit, i: int, folder: Path | None) -> pd.DataFrame:
+def one_unit(
+    configs: Mapping[str, Pipeline], unit: VirtualUnit, i: int, n_peers: int, folder: Path | None
+) -> pd.DataFrame:
     "All pipelines on the unit of repetition i."
     file = None if folder is None else folder / f"{i:03d}.parquet"
     if file is not None and file.is_file():
@@ -352,7 +355,8 @@ def one_unit(configs: Mapping[str, Pipeline], unit: VirtualUnit, i: int, folder:
         if [*done.name] != [*configs]: raise ValueError(f"{file.name} is of other pipelines; choose another folder")
         return done
     kept = record(replace(unit, seed=spawn(unit.seed, "unit", i)))
-    peers, lived = record(replace(unit, seed=spawn(unit.seed, "peers", i))), dict[Any, Any]()
+    peers = record(replace(unit, patients=n_peers, seed=spawn(unit.seed, "peers", i)))
+    lived: dict[Any, Any] = {}
     said = {n: pipeline(c, kept=kept, peers=peers, done=lived).row() for n, c in configs.items()}
     out = pd.DataFrame([{"name": n, "repetition": i, **row} for n, row in said.items()])
     if file is not None:
