@@ -308,4 +308,5 @@ def test_rules_that_do_not_fit():
         PolicyConfig(1, Actions(True, 3), rule="largest")  # type: ignore[arg-type]
     doses = Actions(False, 1, (0.0,), (1.0,))
     with pytest.raises(ValueError, match="needs discrete"): PolicyConfig(1, doses, rule="greedy")
-    with pytest.raises(ValueError, match="gives doses"): StackedPolicy(PolicyConfig(1, doses), [0]).probs(torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="gives doses"):
+        StackedPolicy(PolicyConfig(1, doses), [0]).probs(torch.zeros(1, 1))

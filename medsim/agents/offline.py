@@ -150,13 +150,12 @@ class Learner(Student):
         return practise_offline(self)
 
 # %% ../../nbs/agents/15_offline.ipynb #5acc23b3
-def improve(learner: Learner, step: int) -> dict[str, Tensor]:
+def improve(learner: Learner, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "One gradient step of all policies; what its losses were, (K,) each."
-    c = learner.config
-    told = learner.losses(learner.ward.replay.batch(learner.key, step, c.batch))
+    told = learner.losses(batch)
     learner.adam.zero_grad()
     told["loss"].sum().backward()
-    for own in learner.learned: clip_each(own, c.max_grad_norm)
+    for own in learner.learned: clip_each(own, learner.config.max_grad_norm)
     learner.adam.step()
     learner.settle(step)
     return {n: x.detach() for n, x in told.items()}
@@ -164,13 +163,16 @@ def improve(learner: Learner, step: int) -> dict[str, Tensor]:
 
 def practise_offline(learner: Learner) -> Practice:
     "Gradient steps until the next look; mean losses are in `episodes`. `Diverged` naming the first fault."
-    first = learner.done
-    told = [improve(learner, first + j) for j in range(learner.config.rollout)]
+    first, n, replay = learner.done, learner.config.rollout, learner.ward.replay
+    told: list[dict[str, Tensor]] = []
+    for steps in torch.arange(first, first + n, device=learner.device).split(50):  # draws are made 50 steps at a time
+        places = replay.places(learner.key, steps, learner.config.batch)
+        told += [improve(learner, first + len(told) + j, replay.rows(at)) for j, at in enumerate(places)]
     names = list(told[0])
     all_told = torch.stack([torch.stack([t[n] for n in names]) for t in told])  # (steps, names, K)
     if len(bad := torch.logical_not(torch.isfinite(all_told)).nonzero()):
-        j, n, k = bad[0].tolist()
-        raise Diverged(f"policy {k}, step {first + j}: {names[n]} is not a finite number; lower the rates")
+        j, i, k = bad[0].tolist()
+        raise Diverged(f"policy {k}, step {first + j}: {names[i]} is not a finite number; lower the rates")
     none = torch.zeros(0, device=learner.device)
     return Practice(none, none, none, none, none, none, none, dict(zip(names, all_told.mean(0), strict=True)))
 

@@ -108,10 +108,14 @@ class Replay:
         found = {n: getattr(self, n)[flat] for n in ("obs", "action", "reward", "next_obs", "keeps")}
         return {n: x.unflatten(0, at.shape) for n, x in found.items()}
 
+    def places(self, keys: Tensor, steps: Tensor, size: int) -> Tensor:
+        "Rows (S, K, B) that the batches of `steps` (S,) hold, by each policy's key (K,) and the step alone."
+        draw = uniform(derive(keys[:, None], DRAW, steps[:, None, None], torch.arange(size, device=keys.device)))
+        return self.start[:, None] + (draw * self.size[:, None]).long()
+
     def batch(self, keys: Tensor, step: int, size: int) -> dict[str, Tensor]:
-        "`size` rows of each policy, with replacement, by its key (K,) and the step alone: (K, B, ..) each."
-        draw = uniform(derive(keys[:, None], DRAW, step, torch.arange(size, device=keys.device)))
-        return self.rows(self.start[:, None] + (draw * self.size[:, None]).long())
+        "`size` rows of each policy, with replacement: (K, B, ..) each."
+        return self.rows(self.places(keys, torch.tensor([step], device=keys.device), size)[0])
 
     def spread(self, most: int) -> dict[str, Tensor]:
         "The same rows each time, at most `most` a policy, evenly spread; `weight` (K, B) is 0 where it has fewer."
