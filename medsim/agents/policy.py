@@ -76,12 +76,16 @@ class PolicyConfig:
     spread: Literal["free", "state"] = "free"
     log_std_range: tuple[float, float] = (-3.0, 0.0)
     log_std_start: float = -0.5
+    rule: Literal["softmax", "greedy"] = "softmax"  # what a discrete choice makes of the network's A outputs
 
     def __post_init__(self) -> None:
         low, high = self.log_std_range
         if not low < self.log_std_start < high:
             raise ValueError(f"log_std_start={self.log_std_start} must lie within log_std_range={self.log_std_range}")
         if self.spread not in ("free", "state"): raise ValueError(f"spread={self.spread!r}: choose 'free' or 'state'")
+        if self.rule not in ("softmax", "greedy"): raise ValueError(f"rule={self.rule!r}: choose 'softmax' or 'greedy'")
+        if self.rule == "greedy" and not self.actions.discrete:
+            raise ValueError("rule='greedy': needs discrete actions")
 
     @property
     def raw_start(self) -> float:
@@ -125,7 +129,9 @@ class Stacked(nn.Module):
 
     def choice(self, obs: Tensor) -> Categorical:
         "Distribution over the discrete actions, for observations (K, B, D)."
-        return Categorical(self.net(obs))
+        out = self.net(obs)
+        if self.config.rule == "greedy": out = torch.where(out == out.amax(-1, keepdim=True), 0.0, -torch.inf)
+        return Categorical(out)
 
     def shared_out(self, obs: Tensor) -> Tensor:
         "Rows (N, D) as (K, N / K, D)."
@@ -159,6 +165,11 @@ class StackedPolicy(Stacked):
         z = unsquash(action, self.low, self.high).view(*rows.shape[:2], -1)
         slope = log_one_minus_tanh2(z) + ((self.high - self.low) / 2).log()
         return (gaussian_log_prob(z, *self.gaussian(rows)) - slope.sum(-1)).flatten()
+
+    def probs(self, obs: Tensor) -> Tensor:
+        "Probabilities (N, A) of the discrete actions. ValueError for doses."
+        if not self.config.actions.discrete: raise ValueError("probs: this policy gives doses; ask for log_prob")
+        return self.choice(self.shared_out(obs)).probs.flatten(0, 1)
 
     def member(self, k: int) -> "StackedPolicy":
         "Policy `k` alone (a copy). ValueError if there is none."
