@@ -8,7 +8,7 @@ __all__ = ['N', 'DRUG_MAX', 'MISSING', 'ALIGNMENTS', 'hazard', 'minus_hazard', '
            'deploy']
 
 # %% ../../nbs/ope/08_cohort.ipynb #e3c55b1e
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np

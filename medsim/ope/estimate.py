@@ -165,7 +165,7 @@ def lived(episodes: Episodes, simulated: Episodes, gamma: float, per: Any) -> tu
     if np.isnan(v).any(): raise ValueError(f"model: {np.isnan(v).sum()} episodes' subjects were not simulated")
     return np.zeros(episodes.mask.shape), np.where(episodes.mask, v[:, None], 0.0)
 
-
+# %% ../../nbs/ope/05_estimate.ipynb #0e292621
 @dataclass(frozen=True)
 class Asked:
     "What is asked of episodes; `sides` \"\" is the policy, None are the clinicians."
