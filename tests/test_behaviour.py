@@ -33,7 +33,6 @@ from medsim.data.cohorts import sepsis3
 from medsim.data.episodes import Episodes
 from medsim.data.timeline import decision_steps
 from medsim.envs.mdp import TabularMDP
-from medsim.ope import diagnostics
 from medsim.ope.estimate import evaluate
 
 torch.set_num_threads(1)
@@ -136,11 +135,14 @@ def test_temperature_and_floor_keep_order_and_sum(m, n, temperature, floor, seed
     assert np.allclose(tempered(tempered(p, temperature), 1 / temperature), p, atol=1e-6)
 
 
-def test_scores_agree_with_those_of_evaluation():
-    rng = np.random.default_rng(0)
-    p, a = rng.dirichlet(np.ones(5), 400), rng.integers(5, size=400)
-    (table, scores), (other, others) = reliability(p, a), diagnostics.reliability(p, a)
-    assert table.equals(other) and all(np.isclose(scores[k], v) for k, v in others.items())
+def test_scores_by_hand():
+    p, a = np.array([[0.75, 0.25], [0.35, 0.65]]), np.array([0, 0])
+    table, scores = reliability(p, a)
+    assert table.predicted.tolist() == [0.25, 0.35, 0.65, 0.75] and table.observed.tolist() == [0, 1, 0, 1]
+    assert np.isclose(scores["brier"], (2 * 0.25**2 + 2 * 0.65**2) / 2)
+    assert np.isclose(scores["ece"], (0.25 + 0.65 + 0.65 + 0.25) / 4)
+    assert np.isclose(scores["ece_first"], (0.25 + 0.65) / 2)
+    assert np.isclose(scores["log_loss"], -(np.log(0.75) + np.log(0.35)) / 2)
 
 
 def test_temperature_mends_what_is_too_sure():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
+from medsim.agents.behaviour import reliability
 from medsim.data.episodes import Episodes
 from medsim.envs.mdp import TabularMDP
-from medsim.ope.diagnostics import reliability, support, tail_index, weight_report
+from medsim.ope.diagnostics import support, tail_index, weight_report
 from medsim.ope.estimate import (
     Limits,
     always,
