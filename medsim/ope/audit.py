@@ -199,7 +199,7 @@ class Pipeline:
     alignment: str = "aligned"
     missing: str = "carry"
     agent: Any = "one step"  # or (train, config), or the settings of a tabular agent
-    soften: float = 0.5  # how often the learned policy does what the clone does
+    soften: float = 0.9  # how often the learned policy does what the clone does
     behaviour: Any = "state"
     estimator: str = "WIS"
     ended: Any = "carry"
