@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import world
 
 from medsim.agents.behaviour import (
     Boosted,
@@ -32,7 +33,6 @@ from medsim.data.actions import Continuous
 from medsim.data.cohorts import sepsis3
 from medsim.data.episodes import Episodes
 from medsim.data.timeline import decision_steps
-from medsim.envs.mdp import TabularMDP
 from medsim.ope.estimate import evaluate
 
 torch.set_num_threads(1)
@@ -168,16 +168,6 @@ def test_temperature_refuses_who_was_in_the_training():
     with pytest.raises(ValueError, match="were in the training"): calibrated(fitted, e)
     with pytest.raises(ValueError, match="no episode"): calibrated(fitted, e, [])
     assert calibrated(fitted, e, ~first).temperature > 0
-
-
-def world(states=6, actions=3, seed=0):
-    rng = np.random.default_rng(seed)
-    p = np.zeros((states + 3, actions, states + 3))
-    p[:states, :, :states] = 0.8 * rng.dirichlet(np.ones(states), (states, actions))
-    die = 0.2 * rng.uniform(size=(states, actions))
-    p[:states, :, states], p[:states, :, states + 1], p[states:, :, states + 2] = die, 0.2 - die, 1
-    reward = np.where(np.arange(states + 3) == states + 1, 1.0, 0.0)
-    return TabularMDP.from_dense(p, reward, np.where(np.arange(states + 3) < states, 1 / states, 0))
 
 
 @pytest.mark.parametrize(("config", "most"), [

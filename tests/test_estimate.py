@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from worlds import world
 
 from medsim.agents.behaviour import reliability
 from medsim.data.episodes import Episodes
-from medsim.envs.mdp import TabularMDP
 from medsim.ope.diagnostics import support, tail_index, weight_report
 from medsim.ope.estimate import (
     Limits,
@@ -23,18 +23,6 @@ from medsim.ope.estimate import (
     ratios,
 )
 from medsim.ope.fqe import Linear, Network, Table, Trees, fqe, steps_of
-
-
-def world(states: int = 6, actions: int = 3, seed: int = 0) -> TabularMDP:
-    "States that lead anywhere; one in five steps ends, in death or survival."
-    rng = np.random.default_rng(seed)
-    p = np.zeros((states + 3, actions, states + 3))
-    p[:states, :, :states] = 0.8 * rng.dirichlet(np.ones(states), (states, actions))
-    die = 0.2 * rng.uniform(size=(states, actions))
-    p[:states, :, states], p[:states, :, states + 1], p[states:, :, states + 2] = die, 0.2 - die, 1
-    reward = np.where(np.arange(states + 3) == states + 1, 1.0, 0.0)
-    return TabularMDP.from_dense(p, reward, np.where(np.arange(states + 3) < states, 1 / states, 0))
-
 
 MDP = world()
 UNIFORM = MDP.uniform_policy()
