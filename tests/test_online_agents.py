@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from medsim.agents import lagrangian, ppo, trpo
 from medsim.agents.lagrangian import PPOLag, TRPOLag
 from medsim.agents.onpolicy import Critic, Diverged, OnPolicy, Result, Student, advantages, explore, judged, practise
-from medsim.agents.policy import Actions, PolicyConfig, StackedPolicy, load_policy
+from medsim.agents.policy import Actions
 from medsim.agents.ppo import PPO
 from medsim.agents.trpo import TRPO
 from medsim.agents.ward import Experience, GymWard, IdentityWard, PatientWard, Ward, seeds_of
@@ -299,31 +299,6 @@ def test_the_multiplier_moves_towards_the_limit(cost: float, limit: float, rate:
 
 
 # ---- policies
-
-
-@pytest.mark.parametrize("actions", [Actions(True, 3), Actions(False, 2, (0.0, -1.0), (1.0, 2.0))])
-def test_policy_survives_saving(actions: Actions, tmp_path: Path):
-    policy, obs = StackedPolicy(PolicyConfig(4, actions, (8,)), [1, 2]), torch.randn(6, 4)
-    policy.save(tmp_path / "p", {"note": 1})
-    again = load_policy(tmp_path / "p")
-    assert again.config == policy.config and torch.equal(again.act(obs, deterministic=True),
-                                                         policy.act(obs, deterministic=True))
-    with pytest.raises(FileExistsError): policy.save(tmp_path / "p")
-
-
-def test_torn_or_foreign_policies_are_refused(tmp_path: Path):
-    StackedPolicy(PolicyConfig(4, Actions(True, 3), (8,)), [1]).save(tmp_path / "p")
-    weights, config = tmp_path / "p" / "policy.safetensors", tmp_path / "p" / "config.json"
-    about = json.loads(config.read_text())
-    config.write_text(json.dumps({**about, "kind": "Tree"}))
-    with pytest.raises(ValueError, match="a 'Tree' of version 1"): load_policy(tmp_path / "p")
-    config.write_text(json.dumps({**about, "k": 2}))
-    with pytest.raises(ValueError, match="weights do not fit"): load_policy(tmp_path / "p")
-    config.write_text(json.dumps(about))
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="p: .*torn"): load_policy(tmp_path / "p")
-    weights.unlink()
-    with pytest.raises(FileNotFoundError, match="no policy.safetensors"): load_policy(tmp_path / "p")
 
 
 @pytest.mark.parametrize("space", [

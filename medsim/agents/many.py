@@ -38,6 +38,8 @@ def joined(policies: Sequence[StackedPolicy]) -> StackedPolicy:
     states = [p.state_dict() for p in policies]
     shared = {"low", "high"}
     whole.load_state_dict({n: x if n in shared else torch.cat([s[n] for s in states]) for n, x in states[0].items()})
+    whole.signatures = tuple(s for p in policies for s in p.signatures * (p.k // max(1, len(p.signatures))))
+    whole.origin = {**policies[0].origin, "seeds": [s for p in policies for s in p.origin.get("seeds", ())]}
     return whole
 
 # %% ../../nbs/agents/12_many.ipynb #d119f752

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .onpolicy import Diverged, Log, Practice, Result, Student, clip_each, run
 from .policy import PolicyConfig, StackedPolicy
 from .replay import Replay
+from .signature import Signature
 from .ward import seeds_of
 from ..core.counter import derive
 from ..data.episodes import Episodes
@@ -215,4 +216,5 @@ def learn(
     learner = kind(replay, held, config, seeds)
     result = run(learner, look, progress=progress, checkpoint=checkpoint, every=1, log=log)  # type: ignore[arg-type]
     select(learner)
+    result.policy.signatures = tuple(Signature.of(e) for e in many)
     return result

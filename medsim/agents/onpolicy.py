@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .policy import PolicyConfig, StackedPolicy, gaussian_log_prob, squash
+from .signature import Signature
 from .ward import PatientWard, Ward
 from ..core.counter import derive, normal, uniform
 from ..core.nets import MLP, MLPConfig
@@ -368,6 +369,9 @@ def run(
             bar.update(config.rollout * k)
             if folder is not None and (student.update % every == 0 or student.done >= config.steps):
                 keep(student, rows, folder)
+    learner = {"learner": type(config).__name__, "settings": asdict(config), "seeds": student.seeds}
+    student.policy.origin = json.loads(json.dumps(learner))
+    if env is not None: student.policy.signatures = (Signature.of_env(env),)
     return Result(student.policy, pd.DataFrame(rows), student.seeds, config)
 
 

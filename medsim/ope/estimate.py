@@ -39,7 +39,11 @@ def always(action: int, episodes: Episodes) -> np.ndarray:
 
 
 def by_step(policy: Policy, episodes: Episodes) -> Policy:
-    "A table (S, A) of the feature \"state\" as (N, T, A); anything else as it is. ValueError for states without a row."
+    """A table (S, A) of the feature \"state\" as (N, T, A); anything else as it is.
+
+    ValueError for states without a row, and for episodes that a policy's `Signature` does not fit.
+    """
+    for signature in getattr(policy, "signatures", ()): signature.check(episodes)
     table = np.asarray(policy) if isinstance(policy, np.ndarray) else None
     if table is None or table.ndim != 2 or table.shape == episodes.mask.shape: return policy
     if "state" not in episodes.feature_names: raise ValueError('policy: a table needs episodes with a feature "state"')
