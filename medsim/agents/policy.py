@@ -263,13 +263,16 @@ def seal_of(about: Mapping[str, Any], weights: bytes) -> dict[str, str]:
     return {"config": hashlib.sha256(told).hexdigest(), "model.safetensors": hashlib.sha256(weights).hexdigest()}
 
 
-def save_policy(policy: StackedPolicy, folder: str | Path, meta: dict[str, Any]) -> None:
-    "What `StackedPolicy.save` does."
+def save_policy(
+    policy: StackedPolicy, folder: str | Path, meta: dict[str, Any], texts: Mapping[str, str] | None = None
+) -> None:
+    "What `StackedPolicy.save` does; `texts`: further files, name -> content."
     about = json.loads(json.dumps({**described(policy), "meta": meta}, allow_nan=False))
     with atomic_folder(folder) as out:
         save_file(to_layers(policy.state_dict()), out / "model.safetensors")
         about["sha256"] = seal_of(about, (out / "model.safetensors").read_bytes())
         (out / "config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        for name, text in (texts or {}).items(): (out / name).write_text(text, encoding="utf-8")
 
 # %% ../../nbs/agents/05_policy.ipynb #c3f4a0a4
 def read_policy(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
