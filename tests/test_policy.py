@@ -21,6 +21,7 @@ from medsim.agents.many import joined
 from medsim.agents.network import load_network
 from medsim.agents.policy import AVERAGE, Actions, PolicyConfig, StackedPolicy, choices, decode_action, load_policy
 from medsim.agents.signature import Signature
+from medsim.agents.support import GuardedPolicy, LikelyPolicy, SupportConfig, support_of
 from medsim.agents.ward import seeds_of
 from medsim.data.episodes import Episodes
 from medsim.ope.estimate import evaluate
@@ -172,6 +173,20 @@ def test_members_and_stacks_keep_their_signatures(toy: Episodes):
     whole = joined([both, shared])
     assert [s == Signature.of(toy) for s in whole.signatures] == [True, False, True, True]
     assert whole.origin["seeds"] == [0, 1, 0, 1]
+
+
+def test_a_guarded_policy_survives_saving(toy: Episodes, clone: StackedPolicy, tmp_path: Path):
+    for kind, kappa in (("centroid", float("inf")), ("neighbour", 2.0)):
+        support = support_of(toy, SupportConfig(kind, most=50))  # type: ignore[arg-type]
+        guarded = GuardedPolicy.around(clone, support, kappa)
+        guarded.save(tmp_path / kind)
+        again, obs = load_policy(tmp_path / kind), torch.randn(40, 2) * 2
+        assert isinstance(again, GuardedPolicy) and again.kappa == kappa and again.signatures == clone.signatures
+        assert torch.equal(again.probs(obs), guarded.probs(obs))
+        assert torch.equal(again.member(0).probs(obs), guarded.probs(obs))
+    likely = LikelyPolicy.around(clone, clone, 0.05)
+    with pytest.raises(ValueError, match="LikelyPolicy cannot be kept"): likely.save(tmp_path / "likely")
+    assert not (tmp_path / "likely").exists()
 
 
 # ---- other data

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRAPPERS', 'read_tensors', 'layers_of', 'load_network']
 
-# %% ../../nbs/agents/05a_network.ipynb #543a3e8b
+# %% ../../nbs/agents/05a_network.ipynb #61448a09
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from .policy import PICKLES, Actions, PolicyConfig, StackedPolicy
 from .signature import Signature
 
-# %% ../../nbs/agents/05a_network.ipynb #8b2a4171
+# %% ../../nbs/agents/05a_network.ipynb #91e60adf
 WRAPPERS = ("policy_network.", "actor.", "module.", "model.")
 
 
@@ -56,7 +56,7 @@ def layers_of(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[Tensor, Te
         layers, size = [*layers, (w, b)], w.shape[0]
     return layers
 
-
+# %% ../../nbs/agents/05a_network.ipynb #50f061b0
 def load_network(
     path: str | Path, *, features: Sequence[str] | None = None,
     activation: Literal["tanh", "relu", "silu", "elu", "gelu"] = "relu", trust_pickle: bool = False,

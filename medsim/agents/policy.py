@@ -267,6 +267,7 @@ def save_policy(
     policy: StackedPolicy, folder: str | Path, meta: dict[str, Any], texts: Mapping[str, str] | None = None
 ) -> None:
     "What `StackedPolicy.save` does; `texts`: further files, name -> content."
+    if type(policy).__name__ not in KINDS: raise ValueError(f"a {type(policy).__name__} cannot be kept; keep its parts")
     about = json.loads(json.dumps({**described(policy), "meta": meta}, allow_nan=False))
     with atomic_folder(folder) as out:
         save_file(to_layers(policy.state_dict()), out / "model.safetensors")

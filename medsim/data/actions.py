@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['S', 'ACTION_SPECS', 'ActionSpec', 'dose_bin', 'fit_edges', 'bin_doses', 'middle_doses', 'checked_bins', 'empty_bins',
            'SepsisGrid', 'predicted_body_weight', 'three_levels', 'VentilationGrid', 'scale_dose', 'unscale_dose',
-           'Continuous', 'Treatments', 'action_spec_from_dict']
+           'Continuous', 'Treatments', 'action_table', 'embed', 'action_spec_from_dict']
 
 # %% ../../nbs/data/12_actions.ipynb #6ab6f7e5
 from dataclasses import asdict, dataclass
@@ -307,6 +307,23 @@ class Treatments(ActionSpec):
         if self.discrete: return np.array(list(product(*self.levels)))[_checked_ids(action, self.n)]
         a = _checked("action", action, 0, 1, "squash or clip a policy's output first")
         return np.array(self.low) + a * (np.array(self.high) - np.array(self.low))
+
+# %% ../../nbs/data/12_actions.ipynb #48f1d168
+def action_table(spec: ActionSpec) -> np.ndarray:
+    "Coordinates (A, m) float32 in [0, 1] of the actions of a grid; one-hot for mere numbers. ValueError for doses."
+    if not spec.discrete: raise ValueError(f"action: {type(spec).__name__} has doses, which are coordinates already")
+    every = np.arange(spec.n)
+    if not hasattr(spec, "decode") or tuple(getattr(spec, "units", ())) == ("number",):
+        return np.eye(spec.n, dtype=np.float32)
+    found = spec.dose(every) if isinstance(spec, SepsisGrid) else spec.decode(every)
+    x = np.stack(found, -1).astype(float) if isinstance(found, tuple) else found
+    low, high = (spec.low, spec.high) if isinstance(spec, Treatments) else (x.min(0), x.max(0))
+    return ((x - low) / np.subtract(high, low)).astype(np.float32)
+
+
+def embed(spec: ActionSpec, action: np.ndarray) -> np.ndarray:
+    "Coordinates (..., m) float32 of actions: integers (...) of a grid, or doses (..., m)."
+    return action_table(spec)[action] if spec.discrete else np.asarray(action, np.float32)
 
 # %% ../../nbs/data/12_actions.ipynb #24159082
 _KINDS = (SepsisGrid, VentilationGrid, Continuous, Treatments)
