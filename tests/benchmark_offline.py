@@ -1,18 +1,23 @@
 """Offline agents: gradient steps of a policy a CPU second, K policies stacked. Not part of the test run.
 
-    python tests/benchmark_offline.py [--steps 60] [--policies 1 4 16] [--batches 64 256] [--agents bc dqn cql iql]
+    python tests/benchmark_offline.py [--steps 60] [--rounds 5] [--policies 1 4 16] [--batches 64 256] [--agents ...]
 
 Observations of 48 numbers, 25 actions, 2 x 256 units; batches of 64 and 256; one thread, CPU seconds. A rate is the
-gradient steps of all policies a CPU second, batches drawn and slow copies moved, after a few to warm up. Run with an
-interpreter that has d3rlpy 2.8 but not medsim, it times d3rlpy's DiscreteCQL and DQN at the same sizes instead;
-`--peer PYTHON` runs both, in turn, and prints ratios.
+gradient steps of all policies a CPU second, batches drawn and slow copies moved, after a few to warm up; the median of
+`--rounds`. `--peer PYTHON`, an interpreter that has d3rlpy 2.8 but not medsim, times d3rlpy's DiscreteCQL and DoubleDQN
+at the same sizes in turns with ours, so that a busy machine slows both, and prints the median of the rounds' ratios. In
+such a run ours does what theirs does: the slow network is copied every 8,000 steps and no gradient is clipped
+(`--own`: our defaults, which follow slowly at each step and clip).
 """
 
 import argparse
 import json
 import os
 import subprocess
+import sys
 import time
+from functools import cache
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,8 +34,9 @@ def timed(step: Any, n: int) -> float:
     return n / (time.process_time() - begin)
 
 
-def ours(name: str, k: int, size: int, steps: int) -> float:
-    "Gradient steps of a policy a second, K stacked."
+@cache
+def ours(name: str, k: int, size: int, own: bool) -> Any:
+    "A gradient step of K policies stacked, to be called with its number."
     import importlib
 
     from medsim.agents.offline import improve
@@ -44,17 +50,20 @@ def ours(name: str, k: int, size: int, steps: int) -> float:
     replay = Replay(obs, torch.randint(ACTIONS, (ROWS,), generator=g), torch.rand(ROWS, generator=g), obs.roll(-1, 0),
                     0.99 * (torch.rand(ROWS, generator=g) > 0.1), torch.zeros(ROWS, dtype=torch.int64),
                     torch.zeros(k, dtype=torch.int64), torch.full((k,), ROWS), Actions(True, ACTIONS))
-    learner = getattr(room, kind)(replay, None, getattr(room, name.upper())(batch=size), list(range(k)))
-    n = max(steps // k, 4)
-    places = replay.places(learner.key, torch.arange(n + 3), size)  # what a run does for 50 steps at a time
-    begin = time.process_time()
-    replay.places(learner.key, torch.arange(n), size)
-    drawing = (time.process_time() - begin) / n
-    return k / (1 / timed(lambda j: improve(learner, j, replay.rows(places[j])), n) + drawing)
+    alike = {} if own or name not in ("dqn", "cql") else dict(tau=1.0, target_every=8_000, max_grad_norm=float("inf"))
+    learner = getattr(room, kind)(replay, None, getattr(room, name.upper())(batch=size, **alike), list(range(k)))
+    places: list[torch.Tensor] = []
+
+    def step(j: int) -> None:
+        if not j % 50: places[:] = replay.places(learner.key, torch.arange(j, j + 50), size)  # as a run does
+        improve(learner, j, replay.rows(places[j % 50]))
+
+    return step
 
 
-def theirs(name: str, size: int, steps: int) -> float:
-    "d3rlpy's gradient steps a second, one policy."
+@cache
+def theirs(name: str, size: int) -> Any:
+    "A gradient step of d3rlpy's, one policy."
     import d3rlpy
     import structlog
 
@@ -64,46 +73,67 @@ def theirs(name: str, size: int, steps: int) -> float:
     ends[-1] = 1
     data = d3rlpy.dataset.MDPDataset(rng.normal(size=(ROWS, FEATURES)).astype(np.float32),
                                      rng.integers(ACTIONS, size=(ROWS, 1)), rng.random(ROWS).astype(np.float32), ends)
-    config = {"cql": d3rlpy.algos.DiscreteCQLConfig, "dqn": d3rlpy.algos.DQNConfig}[name](batch_size=size)
+    config = {"cql": d3rlpy.algos.DiscreteCQLConfig, "dqn": d3rlpy.algos.DoubleDQNConfig}[name](batch_size=size)
     agent = config.create(device="cpu:0")
     agent.build_with_dataset(data)
-    return timed(lambda j: agent.update(data.sample_transition_batch(size)), steps)
+    return lambda j: agent.update(data.sample_transition_batch(size))
 
 
-def peers(batches: list[int], steps: int) -> dict[str, float]:
-    return {f"{name} {size}": theirs(name, size, steps) for name in ("cql", "dqn") for size in batches}
+def serve() -> None:
+    "The peer's rate for each line \"name size steps\" that comes."
+    for line in sys.stdin:
+        name, size, steps = line.split()
+        print(json.dumps(timed(theirs(name, int(size)), int(steps))), flush=True)
+
+
+class Peer:
+    "d3rlpy in another interpreter."
+
+    def __init__(self, python: str) -> None:
+        clean = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
+        self.process = subprocess.Popen([python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        stderr=subprocess.DEVNULL, env=clean)
+
+    def rate(self, name: str, size: int, steps: int) -> float:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{name} {size} {steps}\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line[:1].isdigit(): return float(line)
+        raise RuntimeError("the peer's interpreter ended: has it d3rlpy?")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=60, help="of a policy, in a round")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--policies", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--agents", nargs="+", default=["bc", "dqn", "cql", "iql"])
     parser.add_argument("--peer", help="an interpreter with d3rlpy")
+    parser.add_argument("--own", action="store_true", help="our defaults beside the peer's")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     try:
         import medsim  # noqa: F401
     except ImportError:
-        print(json.dumps(peers(asked.batches, asked.steps)))
+        serve()
         return
-    other: dict[str, float] = {}
-    if asked.peer:
-        call = [asked.peer, __file__, "--steps", str(asked.steps), "--batches", *map(str, asked.batches)]
-        clean = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
-        said = subprocess.run(call, capture_output=True, text=True, check=True, env=clean).stdout
-        other = json.loads(said.splitlines()[-1])
-        for name, rate in other.items(): print(f"d3rlpy {name:8} {rate:8,.0f} /s", flush=True)
+    peer = Peer(asked.peer) if asked.peer else None
     for name in asked.agents:
         for size in asked.batches:
             single = None
             for k in asked.policies:
-                rate = ours(name, k, size, asked.steps)
-                single = single or rate
-                beside = f", {rate / other[f'{name} {size}']:.1f}x d3rlpy" if f"{name} {size}" in other else ""
-                stacked = f"{rate / single:.1f}x K = {asked.policies[0]}"
-                print(f"{name:4} batch {size:4} K = {k:<3} {rate:8,.0f} /s  {stacked}{beside}", flush=True)
+                step, n = ours(name, k, size, asked.own or not peer), max(asked.steps // k, 4)
+                rates, ratios = [], []
+                for _ in range(asked.rounds):
+                    other = peer.rate(name, size, asked.steps) if peer and name in ("cql", "dqn") else None
+                    rates.append(k * timed(step, n))
+                    if other: ratios.append(rates[-1] / other)
+                single = single or median(rates)
+                beside = f", {median(ratios):.1f}x d3rlpy ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else ""
+                print(f"{name:4} batch {size:4} K = {k:<3} {median(rates):8,.0f} /s  "
+                      f"{median(rates) / single:.1f}x K = {asked.policies[0]}{beside}", flush=True)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 

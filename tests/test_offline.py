@@ -265,6 +265,12 @@ def test_slow_networks_follow_at_their_steps():
     assert torch.equal(a.weight, b.weight)
 
 
+def test_an_infinite_norm_leaves_gradients_as_they_are():
+    free, wide, tight = (dqn.train(TOY, dqn.DQN(**QUICK, max_grad_norm=m), progress=False) for m in (np.inf, 1e9, 1e-6))
+    close(free.policy, wide.policy)
+    assert not torch.allclose(free.policy.net.weight[0], tight.policy.net.weight[0], atol=1e-4)
+
+
 def test_preset():
     c = iql.conservative_safe(hidden=(64,))
     assert (c.steps, c.actor_rate, c.rate, c.expectile, c.beta, c.most) == (110_000, 5e-5, 1e-4, 0.6, 2.0, 100.0)

@@ -39,7 +39,8 @@ class Conservative(DoubleQ):
         "The error of Q, the price, and Q of what was done, (K, B) each."
         q, done, target = self.values(b)
         miss = F.mse_loss if self.config.error == "square" else F.smooth_l1_loss
-        return miss(done, target, reduction="none"), q.logsumexp(-1) - done, done
+        price = F.cross_entropy(q.flatten(0, 1), b["action"].flatten(), reduction="none").view(done.shape)
+        return miss(done, target, reduction="none"), price, done
 
     def losses(self, b: dict[str, Tensor]) -> dict[str, Tensor]:
         "The loss and its parts, (K,), and the mean Q of what was done."

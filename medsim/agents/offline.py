@@ -7,6 +7,7 @@ __all__ = ['OfflineConfig', 'follow', 'own_seeds', 'mean', 'Records', 'Learner',
            'learn']
 
 # %% ../../nbs/agents/15_offline.ipynb #1fab81d7
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,7 +41,7 @@ class OfflineConfig:
     gamma: float = 0.99
     per: Literal["step", "hour"] = "step"  # what gamma discounts
     weight_decay: float = 0.0  # decoupled (Loshchilov and Hutter 2019)
-    max_grad_norm: float = 10.0  # of each network
+    max_grad_norm: float = 10.0  # of each network; inf: as it is
     validate_every: int = 1_000  # gradient steps between two rows of the history
     validate_on: int = 4_096  # held-out steps at most, of each policy
     select: Literal["last", "validation"] = "last"
@@ -65,7 +66,7 @@ class OfflineConfig:
 @torch.no_grad()
 def follow(slow: nn.Module, net: nn.Module, tau: float) -> None:
     "Move the weights of `slow` by `tau` of the way to those of `net`."
-    for a, b in zip(slow.parameters(), net.parameters(), strict=True): a.lerp_(b, tau)
+    torch._foreach_lerp_(list(slow.parameters()), list(net.parameters()), tau)
 
 
 def own_seeds(seeds: Sequence[int], head: int) -> list[int]:
@@ -154,9 +155,11 @@ class Learner(Student):
 def improve(learner: Learner, step: int, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "One gradient step of all policies; what its losses were, (K,) each."
     told = learner.losses(batch)
-    learner.adam.zero_grad()
-    told["loss"].sum().backward()
-    for own in learner.learned: clip_each(own, learner.config.max_grad_norm)
+    for own in learner.learned:
+        for p in own: p.grad = None
+    told["loss"].backward(torch.ones_like(told["loss"]))
+    if learner.config.max_grad_norm < math.inf:
+        for own in learner.learned: clip_each(own, learner.config.max_grad_norm)
     learner.adam.step()
     learner.settle(step)
     return {n: x.detach() for n, x in told.items()}

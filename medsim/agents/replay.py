@@ -109,7 +109,7 @@ class Replay(Logged):
     def rows(self, at: Tensor) -> dict[str, Tensor]:
         "The rows `at` (K, B), (K, B, ..) each."
         flat = at.flatten()
-        found = {n: getattr(self, n)[flat] for n in ("obs", "action", "reward", "next_obs", "keeps")}
+        found = {n: getattr(self, n).index_select(0, flat) for n in ("obs", "action", "reward", "next_obs", "keeps")}
         return {n: x.unflatten(0, at.shape) for n, x in found.items()}
 
     def places(self, keys: Tensor, steps: Tensor, size: int) -> Tensor:

@@ -28,6 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if weight.ndim == 2:
         return x @ weight + bias
+    if x.ndim == 3:
+        return torch.baddbmm(bias[:, None], x, weight)
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
     y = torch.baddbmm(bias[:, None], flat, weight)
     return y.reshape(*x.shape[:-1], weight.shape[-1])
