@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
+from medsim.agents import bc, iql
+from medsim.agents.behaviour import Boosted, Recurrent
 from medsim.agents.tabular import QLearning
 from medsim.envs.icu_sepsis import load_official
 from medsim.ope.audit import (
-    Frequencies,
-    Logistic,
     Mixed,
     Pipeline,
     behaviour_model,
@@ -21,11 +21,13 @@ from medsim.ope.audit import (
     pipelines,
     repeated,
     scores,
+    with_validation,
 )
 from medsim.ope.cohort import DRUG_MAX, Deployed, View, VirtualUnit, as_episodes, binned, deploy, record
 from medsim.ope.estimate import evaluate
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:.*never done in training")  # units of the tests are small
 UNIT = VirtualUnit(80, horizon_h=24)
 KEPT, PEERS = record(UNIT), record(replace(UNIT, seed=1))
 
@@ -131,14 +133,23 @@ def test_what_does_not_fit_is_named(make, message):
 def test_models_are_probabilities():
     e = as_episodes(KEPT, View(4))
     obs = torch.as_tensor(e.obs[e.mask])
-    even = Frequencies(np.ones(25) / 25)
-    for model in (Logistic(e), behaviour_model(e, "marginal"), Mixed(Only(3), Logistic(e), 0.3), even):
+    state, usual = behaviour_model(e, "state"), behaviour_model(e, "marginal")
+    for model in (state, usual, Mixed(Only(3), state, 0.3)):
         p = model.probs(obs)
         assert p.shape == (len(obs), 25) and torch.allclose(p.sum(1), torch.ones(len(obs)).double(), atol=1e-6)
-    assert Mixed(Only(3), Logistic(e), 0.3).probs(obs)[:, 3].min() >= 0.7
-    done = np.asarray(Logistic(e).probs(obs))[np.arange(len(obs)), e.action[e.mask]]
-    usual = np.asarray(behaviour_model(e, "marginal").probs(obs))[np.arange(len(obs)), e.action[e.mask]]
-    assert np.log(done).mean() > np.log(usual).mean() + 0.1
+    assert Mixed(Only(3), state, 0.3).probs(obs)[:, 3].min() >= 0.7
+    done, often = (np.asarray(m.probs(obs))[np.arange(len(obs)), e.action[e.mask]] for m in (state, usual))
+    assert np.log(done).mean() > np.log(often).mean() + 0.1
+    assert np.array_equal(np.asarray(state.probs(obs)), state.on(e)[e.mask])
+
+
+def test_any_model_of_behaviour_judges_but_one_with_a_memory_cannot_act():
+    claims = {m: pipeline(Pipeline(agent="clone", behaviour=m, step_h=8), kept=KEPT, peers=PEERS)
+              for m in ("state", Boosted(rounds=5), Recurrent(epochs=2))}
+    assert len({v.true for v in claims.values()}) == 1 and len({v.claimed for v in claims.values()}) == 3
+    e = as_episodes(KEPT, View(8))
+    with pytest.raises(ValueError, match="looks back along the episode"):
+        deploy(replace(UNIT, patients=10), Recurrent(epochs=1).fit(e), View(8), e.action_spec)
 
 
 @pytest.mark.parametrize("agent", ["clone", "one step", "value iteration", QLearning()])
@@ -158,7 +169,7 @@ class Settings:
 
 def study(episodes, config, *, seed=0, progress=True):
     "An agent of the house that learns nothing."
-    assert (episodes.ids.fold == "train").all() and progress is False and seed == 5
+    assert set(episodes.ids.fold) == {"train", "val"} and progress is False and seed == 5
     return SimpleNamespace(policy=Only(config.action))
 
 
@@ -169,13 +180,41 @@ def test_an_agent_of_the_house():
     assert v.flag == "the model is taken as true"
 
 
+def test_agents_that_learn_from_logs():
+    for agent in ((bc.train, bc.BC(steps=40, validate_every=20, hidden=(16,), select="validation")),
+                  (iql.train, iql.IQL(steps=40, validate_every=20, hidden=(16,)))):
+        v = pipeline(Pipeline(agent=agent, step_h=8), kept=KEPT, peers=PEERS)
+        assert np.isfinite(v.claimed) and 0 < v.true < 1 and (v.low < v.claimed < v.high)
+
+
+def test_validation_patients_are_some_of_the_training_patients():
+    e = as_episodes(KEPT, View(8))
+    train = e.select((e.ids.fold == "train").to_numpy())
+    split = with_validation(train, 0.2)
+    assert (split.ids.fold == "val").sum() == round(0.2 * len(train)) and (train.ids.fold == "train").all()
+    assert set(split.ids.fold) == {"train", "val"} and split.ids.subject_id.equals(train.ids.subject_id)
+
+
+def test_a_policy_is_learned_once():
+    learned = []
+
+    def counted(episodes, config, *, seed, progress):
+        learned.append(config)
+        return SimpleNamespace(policy=Only(config.action))
+
+    done = {}
+    for soften, estimator in ((0.0, "DM"), (0.0, "WIS"), (0.9, "WIS")):
+        config = Pipeline(agent=(counted, Settings(3)), soften=soften, estimator=estimator, step_h=8)
+        pipeline(config, kept=KEPT, peers=PEERS, done=done)
+    assert learned == [Settings(3)]
+
+
 def test_claims_are_those_of_the_front_door():
     config = Pipeline(agent=(study, Settings(3)), soften=0.5, step_h=8, seed=5)
     v = pipeline(config, kept=KEPT, peers=PEERS)
     e = as_episodes(KEPT, config.view)
     train, test = (e.select(((e.ids.fold == "train") == yes).to_numpy()) for yes in (True, False))
-    model = Logistic(train)
-    b = np.asarray(model.probs(torch.as_tensor(test.obs.reshape(-1, test.obs.shape[-1])))).reshape(*test.mask.shape, 25)
+    b = behaviour_model(train, "state").on(test)
     p = 0.5 * b + 0.5 * (np.arange(25) == 3)
     t = evaluate(test, p, behaviour=b, estimators=("WIS",))
     assert v.claimed == pytest.approx(t.value[0]) and v.low == pytest.approx(t.ci_low[0]) and v.flag == t.flag[0]
@@ -191,8 +230,10 @@ def test_tables_of_pipelines_resume(tmp_path):
     pd.testing.assert_frame_equal(whole, again)
     assert (whole.groupby("repetition").true.nunique() == 1).all()  # one policy, two claims
     assert len(draw_gaps(whole).lines) == 2 * 2 * 2 + 1
-    with pytest.raises(ValueError, match="of other pipelines"):
-        pipelines({"other": configs["near"]}, few, 1, folder=tmp_path, progress=False)
+    more = pipelines(configs | {"clone": replace(near, agent="clone")}, few, 1, folder=tmp_path, progress=False)
+    pd.testing.assert_frame_equal(more[:2], whole[:2])  # only the new one was run
+    alone = pipelines({"clone": near}, few, 1, folder=tmp_path, progress=False)  # known by its name
+    pd.testing.assert_frame_equal(alone, more[2:].reset_index(drop=True))
 
 
 # estimators against truth
