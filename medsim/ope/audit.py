@@ -164,7 +164,7 @@ class Mixed:
         with torch.no_grad():
             return (1 - self.share) * self.one.probs(obs).double() + self.share * self.other.probs(obs).double()
 
-
+# %% ../../nbs/ope/09_audit.ipynb #667815ca
 def with_validation(episodes: Episodes, share: float = 0.15) -> Episodes:
     "The episodes, all for training, with a share of their subjects in fold \"val\" instead."
     out = held_out(episodes.ids.subject_id, share)
