@@ -228,21 +228,23 @@ def support_of(
     (obs, done, valid), spec = steps_of(many), many[0].action_spec
     if odd := [i for i, e in enumerate(many) if e.action_spec != spec]:
         raise ValueError(f"episodes {odd[0]}: an action stands for other doses than in the first; use one action spec")
-    mean, sd = moments(x := torch.cat([obs, done], -1), valid, config.floor)
-    z = (x - mean[:, None]) / sd[:, None]
+    mean, sd = moments(torch.cat([obs, done], -1), valid, config.floor)
+    z = (torch.cat([obs, done], -1) - mean[:, None]) / sd[:, None]
     ids = padded([e.action[e.mask] if spec.discrete else np.full(e.mask.sum(), -1) for e in many])
     known = padded([known_steps(e, config) for e in many])
     first = known.logical_not().sort(dim=-1, stable=True).indices  # reference steps first
     at, counts = spread(known, config.most)
     if config.kind == "neighbour" and (least := int(counts.sum(-1).min())) < config.nearest:
         raise ValueError(f"nearest={config.nearest}: a data set has only {least} reference steps")
-    row, d, at = torch.arange(len(many))[:, None], obs.shape[-1], first.gather(-1, at)
+    row, d = torch.arange(len(many))[:, None], obs.shape[-1]
+    at = first[row, at]
     table = torch.as_tensor(action_table(spec)) if spec.discrete else torch.zeros(0, done.shape[-1])
     made = Support(config, dict(
         mean=mean, sd=sd, state=z[row, at, :d], action=z[row, at, d:], id=ids[row, at], valid=counts,
         radius=mean[:, 0], table=table))
     far = made.distance(obs, done).masked_fill(known | ~valid, 0)
-    made.radius = torch.where((widest := far.amax(-1)) > 0, widest, 1.0)
+    widest = far.amax(-1)
+    made.radius = torch.where(widest > 0, widest, 1.0)
     return made.to(device)
 
 # %% ../../nbs/agents/20_support.ipynb #af647cf2
@@ -300,7 +302,8 @@ class GuardedPolicy(Confined):
     @classmethod
     def around(cls, policy: StackedPolicy, support: Support, kappa: float = math.inf) -> Self:
         "`policy`, made to stay near; errors as above."
-        return cls(policy.config, [0] * policy.k, support, kappa, policy.net.weight[0].device).taken_from(policy)
+        device = policy.net.weight[0].device
+        return cls(policy.config, [0] * policy.k, support, kappa, device).taken_from(policy)
 
     def confine(self, out: Tensor, obs: Tensor) -> Tensor:
         "Outputs less the price; minus infinity where it is infinite."
@@ -355,8 +358,8 @@ class LikelyPolicy(Confined):
     def confine(self, out: Tensor, obs: Tensor) -> Tensor:
         "Minus infinity for what is hardly ever done. ValueError for a model of other actions."
         p = self.model.probs(obs.flatten(0, 1)).to(out)
-        if (n := out.shape[-1]) != p.shape[-1]:
-            raise ValueError(f"model: {p.shape[-1]} actions, the policy has {n}")
+        n = out.shape[-1]
+        if p.shape[-1] != n: raise ValueError(f"model: {p.shape[-1]} actions, the policy has {n}")
         return out.masked_fill(~likely(p, self.least).view(out.shape), -torch.inf)
 
     def member(self, k: int) -> "LikelyPolicy":
