@@ -284,7 +284,7 @@ def epoch_of(net: Reconstructor, chart: Chart, adam: torch.optim.Optimizer, seed
         total += loss.item() * len(stays) / len(lengths)
     return total
 
-
+# %% ../../nbs/world/02_reconstruction.ipynb #1a20f4ed
 def validation_loss(net: Reconstructor, chart: Chart, seed: int) -> float:
     "Mean loss over the chart, on the same questions each time."
     total, lengths = 0.0, chart.mask.sum(1)
