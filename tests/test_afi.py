@@ -1,4 +1,4 @@
-"The encoders of an irregular row: formulas against explicit sums, seeds, clear refusals, what the inputs can tell apart."
+"The encoders of an irregular row: formulas against explicit sums, seeds, refusals, what the inputs can tell apart."
 
 from itertools import combinations
 
@@ -7,7 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medsim.world.afi import AFI, ENCODERS, CarryDecoder, GRUDDecay, Inputs, encoder, fm, fm_linear, log_hours, saturated
+from medsim.world.afi import (
+    AFI,
+    ENCODERS,
+    CarryDecoder,
+    GRUDDecay,
+    Inputs,
+    encoder,
+    fm,
+    fm_linear,
+    log_hours,
+    saturated,
+)
 
 
 def rows(n: int = 50, d: int = 5, seed: int = 0) -> Inputs:
@@ -55,7 +66,8 @@ def test_bad_inputs_are_refused_by_name(name: str) -> None:
     bad = x.value.clone()
     bad[3, 2] = torch.nan
     with pytest.raises(ValueError, match="lactate"): net(x._replace(value=bad))
-    with pytest.raises(ValueError, match="delta: ph"): net(x._replace(delta=torch.where(torch.arange(5) == 3, torch.inf, x.delta)))
+    endless = torch.where(torch.arange(5) == 3, torch.inf, x.delta)
+    with pytest.raises(ValueError, match="delta: ph"): net(x._replace(delta=endless))
     with pytest.raises(ValueError, match="5 features"): net(rows(d=4))
     with pytest.raises(ValueError, match="freshness: shape"): net(x._replace(freshness=x.freshness[:2]))
 
@@ -67,7 +79,8 @@ def test_settings_are_refused() -> None:
 
 
 def test_only_mask_and_freshness_tell_new_from_carried() -> None:
-    x = rows(1)._replace(observed=torch.zeros(1, 5).bool(), freshness=torch.full((1, 5), 6.0), delta=torch.full((1, 5), 6.0))
+    old = torch.full((1, 5), 6.0)
+    x = rows(1)._replace(observed=torch.zeros(1, 5).bool(), freshness=old, delta=old)
     new = x._replace(observed=torch.ones(1, 5).bool(), freshness=torch.zeros(1, 5))
     for form in ("paper", "shared", "cross", "direct"):
         same = torch.equal(AFI(5, form=form)(x), AFI(5, form=form)(new))
