@@ -150,7 +150,10 @@ def wider(about: dict) -> None: about["hidden_sizes"] = [9, 8]
     (rewritten(more, seal=True), "weights do not fit"),
     (rewritten(wider, seal=True), "weights do not fit"),
     (lambda path: (path / "config.json").write_text("[1]"), "not a policy that this medsim reads"),
-], ids=str)
+], ids=[
+    "cut weights", "no weights", "cut config", "other weight", "reordered", "other unit", "unnamed",
+    "unnamed and sealed", "no unit and sealed", "other kind", "more policies", "wider", "a list",
+])
 def test_what_was_changed_or_torn_is_refused(kept: Path, change: Callable[[Path], None], message: str):
     change(kept)
     with pytest.raises(ValueError, match=message): load_policy(kept)
