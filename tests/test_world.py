@@ -1,6 +1,7 @@
 "Rows, latent states and the world model: nothing is seen ahead, nothing crosses stays, pairs are not off by one."
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medsim.agents.onpolicy import Diverged
 from medsim.data.episodes import Episodes
 from medsim.world.charts import Charts, Rows, Windows, rows_after, rows_of_states
+from medsim.world.imagination import (
+    ActorConfig,
+    ActorCritic,
+    ImagineConfig,
+    actor_critic_losses,
+    imagine,
+    lambda_returns,
+    still_going,
+)
+from medsim.world.learning import Descent, train_world
 from medsim.world.rssm import Observer, RSSMConfig, balanced, divergence, drawn, floored
 from medsim.world.world_model import (
     WorldModel,
@@ -165,3 +177,72 @@ def test_a_first_row_forgets():
     whole = m.observe(code, action, hours, first)
     half = m.observe(code[:, 3:], action[:, 3:], hours[:, 3:], first[:, 3:])
     torch.testing.assert_close(whole.h[:, 3:], half.h)
+
+
+# ---- imagination
+
+
+@given(st.integers(1, 6), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
+@settings(max_examples=40)
+def test_returns_are_those_of_the_definition(h: int, gamma: float, lam: float, seed: int):
+    g = torch.Generator().manual_seed(seed)
+    r, c, v = (torch.randn(3, h, generator=g), torch.rand(3, h, generator=g), torch.randn(3, h + 1, generator=g))
+    out, last = lambda_returns(r, c, v, gamma, lam), v[:, h]
+    for t in reversed(range(h)):
+        last = r[:, t] + gamma * c[:, t] * ((1 - lam) * v[:, t + 1] + lam * last)
+        torch.testing.assert_close(out[:, t], last)
+
+
+def test_imagination_pairs_a_state_with_what_was_chosen_in_it():
+    m, b = model(), rows()
+    agent = ActorCritic(m.rssm.config.n_features, 25, ActorConfig(units=8), seed=1)
+    start = m.observe(b, torch.Generator().manual_seed(0)).at((slice(None), -1))
+    seen = imagine(m, start, agent, 4, generator=torch.Generator().manual_seed(1))
+    again = imagine(m, start, agent, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(seen.action, again.action) and seen.latent.h.shape[1] == 5 and seen.reward.shape == (16, 4)
+    for x, y in zip(seen.latent, start, strict=True): assert torch.equal(x[:, 0], y)
+    s = seen.latent.at((slice(None), 1))
+    on = m.rssm.imagine_step(s, m.treated(seen.action[:, 1]), torch.full((16,), 4.0))
+    torch.testing.assert_close(on.h, seen.latent.h[:, 2])  # chosen in state 1, it led to state 2
+    with pytest.raises(ValueError, match="horizon=0"): imagine(m, start, agent, 0)
+
+
+def test_what_follows_an_end_does_not_count():
+    assert still_going(torch.tensor([[1.0, 0.5, 0.0, 1.0]])).tolist() == [[1, 1, 0.5, 0]]
+
+
+def test_leaving_the_clinicians_has_its_price():
+    m, b = model(), rows()
+    agent = ActorCritic(m.rssm.config.n_features, 25, ActorConfig(units=8), seed=1)
+    seen = imagine(m, m.observe(b).at((slice(None), 0)), agent, 3, generator=torch.Generator().manual_seed(1))
+    same = agent.log_probs(seen.latent.features[:, :-1]).detach()
+    config = ImagineConfig(horizon=3, clinician=1.0)
+    assert actor_critic_losses(agent, seen, config, same)["from_clinicians"].abs() < 1e-6
+    other = torch.full_like(same, -20.0).index_fill(-1, torch.tensor([3]), 0.0).log_softmax(-1)
+    assert actor_critic_losses(agent, seen, config, other)["from_clinicians"] > 10
+    with pytest.raises(ValueError, match="needs the clinicians"): actor_critic_losses(agent, seen, config)
+
+
+# ---- learning
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path):
+    short = Descent(steps=6, batch=4, length=5, rate=1e-3, validate_every=2)
+
+    def stop(row: dict, step: int) -> None:
+        if step == 4: raise KeyboardInterrupt
+
+    whole, history = train_world(CHARTS, small(), short, seed=2, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_world(CHARTS, small(), short, seed=2, progress=False, checkpoint=tmp_path / "run", log=stop)
+    again, more = train_world(CHARTS, small(), short, seed=2, progress=False, checkpoint=tmp_path / "run")
+    assert history.equals(more)
+    assert all(torch.equal(x, y) for x, y in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="checkpoint of another run"):
+        train_world(CHARTS, small(), short, seed=3, progress=False, checkpoint=tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where():
+    bad = replace(CHARTS, value=np.where(CHARTS.mask[..., None], CHARTS.value * 1e30, 0))
+    with pytest.raises((Diverged, ValueError), match=r"step 0: .* is not a finite number"):
+        train_world(bad, small(), Descent(steps=2, batch=4, length=5, validate_every=2), progress=False)
