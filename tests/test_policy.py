@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medsim.agents import bc
+from medsim.agents.confined import GuardedPolicy, LikelyPolicy
 from medsim.agents.many import joined
 from medsim.agents.network import load_network
 from medsim.agents.policy import AVERAGE, Actions, PolicyConfig, StackedPolicy, choices, decode_action, load_policy
 from medsim.agents.signature import Signature
-from medsim.agents.support import GuardedPolicy, LikelyPolicy, SupportConfig, support_of
+from medsim.agents.support import SupportConfig, support_of
 from medsim.agents.ward import seeds_of
 from medsim.data.episodes import Episodes
 from medsim.ope.estimate import evaluate

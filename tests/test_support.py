@@ -12,26 +12,21 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from medsim.agents import cql, dqn, gcql
+from medsim.agents.confined import Confined, GuardedPolicy, LikelyPolicy, likely
 from medsim.agents.gcql import GCQL, Guarded, GuardedReplay
 from medsim.agents.offline import look
 from medsim.agents.policy import Actions, PolicyConfig, StackedPolicy
 from medsim.agents.replay import Replay, lesson
 from medsim.agents.support import (
-    Confined,
-    GuardedPolicy,
-    LikelyPolicy,
     Support,
     SupportConfig,
-    action_table,
-    embed,
     guard,
     halves,
-    likely,
     support_curves,
     support_of,
     support_table,
 )
-from medsim.data.actions import Continuous, Treatments
+from medsim.data.actions import Continuous, Treatments, action_table, embed
 from medsim.data.episodes import Episodes
 
 torch.set_num_threads(1)

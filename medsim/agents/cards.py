@@ -124,7 +124,7 @@ JUDGED = ("On patients that it did not learn from. ESS: how many patients the we
 AT_RISK = ("Of the steps at risk, the share at which the policy does what should be looked at; clinicians on the same "
            "steps beside it.")
 
-
+# %% ../../nbs/agents/22_cards.ipynb #30fb0894
 def listed(pairs: Mapping[str, Any]) -> str:
     "A list, a line a pair; nested ones as JSON."
     return "\n".join(f"- {k}: {json.dumps(v) if isinstance(v, dict | list | tuple) else v}" for k, v in pairs.items())

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .confined import GuardedPolicy
 from .cql import CQL, Conservative
 from .offline import learn, mean
 from .onpolicy import Log, Result
 from .replay import Replay
-from .support import GuardedPolicy, Support, SupportConfig, support_of
+from .support import Support, SupportConfig, support_of
 from ..data.episodes import Episodes
 
 # %% ../../nbs/agents/21_gcql.ipynb #f39e6823

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPLORE', 'SHUFFLE', 'Update', 'Log', 'advantages', 'Critic', 'OnPolicy', 'Practice', 'Diverged', 'Student',
            'explore', 'judged', 'tally', 'practise', 'Result', 'clip_each', 'check', 'kept', 'put_back', 'fingerprint',
-           'keep', 'drop', 'go_on', 'as_ward', 'run', 'as_rows', 'write']
+           'keep', 'go_on', 'as_ward', 'run', 'as_rows', 'write']
 
 # %% ../../nbs/agents/07_onpolicy.ipynb #7743ae16
 import hashlib
@@ -18,16 +18,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .policy import PolicyConfig, StackedPolicy, gaussian_log_prob, squash
 from .signature import Signature
 from .ward import PatientWard, Ward
+from ..core.checkpoint import keep_run, kept_run, moments, parted, put_moments
 from ..core.counter import derive, normal, uniform
 from ..core.nets import MLP, MLPConfig
-from ..core.paths import atomic_folder
 from ..envs.vector import TreatmentVectorEnv
 
 # %% ../../nbs/agents/07_onpolicy.ipynb #4256c80a
@@ -272,27 +271,18 @@ def kept(student: Student) -> dict[str, Tensor]:
     for name in ("policy", "critic", "cost_critic"):
         if (module := getattr(student, name)) is not None:
             out |= {f"{name}.{n}": v for n, v in module.state_dict().items()}
-    for i, state in student.adam.state_dict()["state"].items():
-        out |= {f"adam.{i}.{n}": v for n, v in state.items()}
-    return {**out, "obs": student.obs}
+    return {**out, **moments(student.adam), "obs": student.obs}
 
 
 def put_back(student: Student, tensors: dict[str, Tensor]) -> None:
     "Go on from `kept` tensors."
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        head, _, rest = name.partition(".")
-        parts.setdefault(head, {})[rest] = value.to(student.device)
+    parts = parted({n: v.to(student.device) for n, v in tensors.items()})
     student.obs = parts["obs"][""]
     student.running, student.extra = parts["running"], parts.get("extra", {})
     student.ward.restore(parts["ward"])
     for name in ("policy", "critic", "cost_critic"):
         if (module := getattr(student, name)) is not None: module.load_state_dict(parts[name])
-    state = student.adam.state_dict()
-    for key, value in parts.get("adam", {}).items():
-        i, _, n = key.partition(".")
-        state["state"].setdefault(int(i), {})[n] = value
-    student.adam.load_state_dict(state)
+    put_moments(student.adam, parts.get("adam", {}))
 
 # %% ../../nbs/agents/07_onpolicy.ipynb #40e8b883
 def fingerprint(student: Student) -> str:
@@ -306,33 +296,14 @@ def fingerprint(student: Student) -> str:
 
 def keep(student: Student, rows: list[dict[str, Any]], folder: Path) -> None:
     "Write a checkpoint in place of the last one."
-    new = folder.with_name(folder.name + ".new")
-    with atomic_folder(new) as out:
-        save_file({n: v.contiguous() for n, v in kept(student).items()}, out / "run.safetensors")
-        about = {"update": student.update, "run": fingerprint(student), "rows": rows}
-        (out / "run.json").write_text(json.dumps(about), encoding="utf-8")
-    drop(folder)
-    new.rename(folder)
-
-
-def drop(folder: Path) -> None:
-    "Delete a checkpoint, and nothing else."
-    for name in ("run.safetensors", "run.json"): (folder / name).unlink(missing_ok=True)
-    if folder.is_dir(): folder.rmdir()
+    keep_run(folder, kept(student), {"update": student.update, "run": fingerprint(student), "rows": rows})
 
 
 def go_on(student: Student, folder: Path) -> list[dict[str, Any]]:
     "Put a checkpoint back, if there is one; the rows so far. ValueError if it is of another run."
-    new = folder.with_name(folder.name + ".new")
-    if new.is_dir():  # killed between the two; the new one is whole
-        drop(folder)
-        new.rename(folder)
-    if not (folder / "run.json").is_file(): return []
-    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if about["run"] != fingerprint(student):
-        raise ValueError(f"{folder.name}: the checkpoint of another run (settings, seeds or ward differ); delete it or "
-                         "choose another folder")
-    put_back(student, load_file(folder / "run.safetensors"))
+    if (found := kept_run(folder, fingerprint(student))) is None: return []
+    tensors, about = found
+    put_back(student, tensors)
     student.update = about["update"]
     return list(about["rows"])
 

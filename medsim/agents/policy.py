@@ -182,16 +182,12 @@ class StackedPolicy(Stacked):
     def member(self, k: int) -> Self:
         "Policy `k` alone (a copy). ValueError if there is none."
         if not 0 <= k < self.k: raise ValueError(f"no policy {k} of {self.k}")
-        alone = self.like(1, self.net.weight[0].device)
+        alone = type(self)(self.config, [0], self.net.weight[0].device)
         shared = {"low", "high"}
         alone.load_state_dict({n: v if n in shared else v[k : k + 1] for n, v in self.state_dict().items()})
         alone.signatures = self.signatures if len(self.signatures) < 2 else self.signatures[k : k + 1]
         alone.origin = self.origin
         return alone
-
-    def like(self, k: int, device: str | torch.device = "cpu") -> Self:
-        "K policies of this kind and shape, for weights to be put in."
-        return type(self)(self.config, [0] * k, device)
 
     @classmethod
     def rebuilt(
@@ -233,7 +229,7 @@ def from_layers(tensors: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
 
 # %% ../../nbs/agents/05_policy.ipynb #e5985433
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-KINDS = {"StackedPolicy": "medsim.agents.policy", "GuardedPolicy": "medsim.agents.support"}  # where each is
+KINDS = {"StackedPolicy": "medsim.agents.policy", "GuardedPolicy": "medsim.agents.confined"}  # where each is
 
 
 def described(policy: StackedPolicy) -> dict[str, Any]:

@@ -149,29 +149,22 @@ def saturated(out: Tensor, k: int) -> float:
 
 # %% ../../nbs/world/01_afi.ipynb #6a04edbe
 def decay(delta: Tensor, rate: Tensor, bias: Tensor) -> Tensor:
-    "exp(-max(0, rate delta + bias)): rate (D,) for each feature, or (D, H) from all features to H units."
-    return torch.exp(-F.relu((delta * rate if rate.ndim == 1 else delta @ rate) + bias))
+    "exp(-max(0, rate delta + bias)) (..., D): rate and bias (D,) for each feature."
+    return torch.exp(-F.relu(delta * rate + bias))
 
 
 class GRUDDecay(nn.Module):
-    "GRU-D's inputs: the value decaying to the mean, and the mask, (..., 2 D); with `hidden` units also their decay."
+    "GRU-D's inputs: the value decaying to the mean, and the mask, (..., 2 D)."
 
-    def __init__(self, n_features: int, hidden: int = 0, *, seed: int = 0, names: Sequence[str] = ()) -> None:
+    def __init__(self, n_features: int, *, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.n, self.width, self.names = n_features, 2 * n_features, tuple(names)
         self.rate, self.bias = (nn.Parameter(torch.full((n_features,), x)) for x in (0.03, 0.0))
-        if hidden:
-            self.hidden_rate = nn.Parameter(drawn((n_features, hidden), seed, sd=0.002).detach().abs())
-            self.hidden_bias = nn.Parameter(torch.zeros(hidden))
 
     def forward(self, x: Inputs) -> Tensor:
         check_inputs(x, self.n, self.names)
         value = torch.where(x.observed, x.value, x.value * decay(x.delta, self.rate, self.bias))
         return torch.cat([value, x.observed.to(value.dtype)], -1)
-
-    def hidden_decay(self, x: Inputs) -> Tensor:
-        "What the hidden state is multiplied by before the row is read: (..., hidden)."
-        return decay(x.delta, self.hidden_rate, self.hidden_bias)
 
 
 class ValueMaskDelta(nn.Module):
@@ -197,7 +190,7 @@ def encoder(
     names: Sequence[str] = (),
 ) -> nn.Module:
     "The encoder of that name, `Inputs` -> (..., `.width`). ValueError for an unknown name."
-    if name == "grud": return GRUDDecay(n_features, seed=seed, names=names)
+    if name == "grud": return GRUDDecay(n_features, names=names)
     if name == "mlp": return ValueMaskDelta(n_features, k, seed=seed, names=names)
     if name not in ENCODERS: raise ValueError(f"form={name!r}: choose one of {', '.join(ENCODERS)}")
     return AFI(n_features, k, name, hours=hours, seed=seed, names=names)  # type: ignore[arg-type]
