@@ -137,11 +137,12 @@ def test_the_decoder_is_not_given_what_it_must_tell():
 
 def test_every_weight_learns_but_for_what_is_free():
     m, b = model(mortality=True, free=0.0), rows()
-    loss, parts, _ = world_loss(m, b, torch.Generator().manual_seed(0), died=torch.zeros(16))
+    loss, parts, _ = world_loss(m, b, torch.Generator().manual_seed(0))
     loss.backward()
     still = [n for n, p in m.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == [] and all(torch.isfinite(x) for x in parts.values())
-    with pytest.raises(ValueError, match="who died"): world_loss(m, b)
+    gone = replace(CHARTS, ids=CHARTS.ids.drop(columns="died"))
+    with pytest.raises(ValueError, match="who died"): train_world(gone, small(mortality=True))
     with pytest.raises(ValueError, match="no head for death"): model().death(m.observe(b))
 
 

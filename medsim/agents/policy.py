@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICKLES', 'KINDS', 'AVERAGE', 'Policy', 'Actions', 'gaussian_log_prob', 'squash', 'unsquash', 'PolicyConfig',
            'Stacked', 'StackedPolicy', 'to_layers', 'from_layers', 'described', 'shape_of', 'seal_of', 'save_policy',
-           'read_policy', 'load_policy', 'decode_action', 'choices']
+           'save_sealed', 'read_sealed', 'load_policy', 'decode_action', 'choices']
 
 # %% ../../nbs/agents/05_policy.ipynb #3238006a
 import hashlib
@@ -13,7 +13,7 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -264,16 +264,23 @@ def save_policy(
 ) -> None:
     "What `StackedPolicy.save` does; `texts`: further files, name -> content."
     if type(policy).__name__ not in KINDS: raise ValueError(f"a {type(policy).__name__} cannot be kept; keep its parts")
-    about = json.loads(json.dumps({**described(policy), "meta": meta}, allow_nan=False))
+    save_sealed(folder, {**described(policy), "meta": meta}, to_layers(policy.state_dict()), texts)
+
+
+def save_sealed(
+    folder: str | Path, about: dict[str, Any], tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None
+) -> None:
+    "Write model.safetensors, and config.json with the hashes of both, to a new folder; refuses one that is taken."
+    about = json.loads(json.dumps(about, allow_nan=False))
     with atomic_folder(folder) as out:
-        save_file(to_layers(policy.state_dict()), out / "model.safetensors")
+        save_file(dict(tensors), out / "model.safetensors")
         about["sha256"] = seal_of(about, (out / "model.safetensors").read_bytes())
         (out / "config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         for name, text in (texts or {}).items(): (out / name).write_text(text, encoding="utf-8")
 
 # %% ../../nbs/agents/05_policy.ipynb #c3f4a0a4
-def read_policy(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    "What a saved policy's files say. Errors as in `load_policy`."
+def read_sealed(path: Path, kinds: Collection[str] = KINDS) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    "What `save_sealed` wrote of one of these kinds. Errors as in `load_policy`."
     for name in ("config.json", "model.safetensors"):
         if (path / name).is_file(): continue
         pickles = [f.name for f in path.glob("*") if f.suffix in PICKLES]
@@ -281,7 +288,7 @@ def read_policy(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"{path.name}: no {name}; this is no saved policy{hint}")
     try: about = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{path.name}: config.json is torn: {error}") from None
-    if not isinstance(about, dict) or (about.get("kind"), about.get("version")) not in [(k, 2) for k in KINDS]:
+    if not isinstance(about, dict) or (about.get("kind"), about.get("version")) not in [(k, 2) for k in kinds]:
         kind, version = (about.get("kind"), about.get("version")) if isinstance(about, dict) else (None, None)
         raise ValueError(f"{path.name}: a {kind!r} of version {version}, not a policy that this medsim reads; networks "
                          "from elsewhere are read by load_network")
@@ -301,7 +308,7 @@ def load_policy(folder: str | Path, device: str | torch.device = "cpu") -> Stack
     weights of other shapes.
     """
     path = Path(folder)
-    about, tensors = read_policy(path)
+    about, tensors = read_sealed(path)
     kind = getattr(importlib.import_module(KINDS[about["kind"]]), about["kind"])
     state = from_layers(tensors, about["policies"])
     policy: StackedPolicy = kind.rebuilt(shape_of(about), about["policies"], about["settings"], state, device)

@@ -78,6 +78,7 @@ class Rows(NamedTuple):
     ended: Tensor  # (B, L) bool: the stay terminated with the row
     first: Tensor  # (B, L) bool: the first row of the window
     chosen: Tensor  # (B, L) int64: what was done from the row on; -1 in the last of a stay, and the padding
+    died: Tensor  # (B, L) bool: the stay's patient died in the end, as far as `ids` says
     mask: Tensor  # (B, L) bool
 
 # %% ../../nbs/world/04_charts.ipynb #02a10758
@@ -122,14 +123,17 @@ class Charts(ChartArrays):
     "Rows of N stays; for the fields see `ChartArrays`."
 
     @classmethod
-    def of(cls, episodes: Episodes) -> Self:
-        "Of decision-aligned episodes. ValueError for doses, and for a feature that no training stay has."
+    def of(cls, episodes: Episodes, without: Sequence[str] = ()) -> Self:
+        """Of decision-aligned episodes; `without` names features to leave out, such as clocks.
+
+        ValueError for doses, and for a feature that no training stay has.
+        """
         e = episodes
         if not e.action_spec.discrete:
             raise ValueError(f"action: {type(e.action_spec).__name__} has doses; use action ids, as of SepsisGrid")
         rows = rows_of_states(e.obs, e.final_obs, e.mask)
         mask = np.concatenate([np.ones_like(e.mask[:, :1]), e.mask], axis=1)
-        names = plain(e.feature_names)
+        names = [n for n in plain(e.feature_names) if n not in without]
         observed = np.stack([newness(e, rows, n) for n in names], -1) & mask[..., None]
         hours = rows_after(e.dt, e.mask, 0.0)
         time = hours.astype(float).cumsum(1)
@@ -160,8 +164,10 @@ class Charts(ChartArrays):
         chosen = torch.as_tensor(np.where(ahead, self.action[stay[:, None], beyond], -1))
         first = torch.zeros(mask.shape, dtype=torch.bool)
         first[:, 0] = True
+        died = self.ids.died.fillna(False).to_numpy(bool) if "died" in self.ids else np.zeros(len(self), bool)
         return Rows(taken(self.value), taken(self.observed), taken(self.delta), taken(self.freshness, np.inf), action,
-                    taken(self.hours), taken(self.reward), taken(self.ended), first, chosen, torch.as_tensor(mask))
+                    taken(self.hours), taken(self.reward), taken(self.ended), first, chosen,
+                    torch.as_tensor(died[stay, None] & mask), torch.as_tensor(mask))
 
 # %% ../../nbs/world/04_charts.ipynb #61c2506d
 DRAW = 11  # what these random numbers are for

@@ -143,9 +143,10 @@ def train_world(
     """A world model of the training stays, and its history; validated by the validation stays, if there are any.
 
     `checkpoint`: a folder to go on from; `log`: a callback (row, step) or a file of JSON lines. ValueError for stays
-    that are not there, and for a head for death, which is not trained here; `Diverged` naming the step.
+    that are not there, and for a head for death where `charts.ids` does not say who died; `Diverged` naming the step.
     """
-    if config.mortality: raise ValueError("mortality=True: `train_world` does not know who died; train it by `descend`")
+    if config.mortality and charts.ids.get("died", pd.Series([None])).isna().any():
+        raise ValueError("mortality=True: charts.ids must say of every stay who died, in a column died without gaps")
     model = WorldModel(len(charts.feature_names), charts.action_spec.n, config, seed=seed, names=charts.feature_names)
     windows, key = Windows(charts, descent.length), torch.tensor(seed)
     held = Windows(charts, descent.length, "val").every(descent.batch) if charts.fold("val").any() else None

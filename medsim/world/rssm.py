@@ -151,17 +151,20 @@ class Observer(RSSM):
         return self._classes(x @ net.weight[1] + net.bias[1])
 
     def observe(
-        self, code: Tensor, action: Tensor, hours: Tensor, first: Tensor, generator: torch.Generator | None = None
+        self, code: Tensor, action: Tensor, hours: Tensor, first: Tensor, generator: torch.Generator | None = None,
+        start: Latent | None = None,
     ) -> Latent:
         """States (B, T, ..) along rows: code (B, T, E); action (B, T, A) and hours (B, T) that led to each row; first
-        (B, T) bool, where a stay begins. Classes are drawn by `generator`; None: the most probable ones."""
+        (B, T) bool, where a stay begins; `start` (B, ..): the states to go on from. Classes are drawn by `generator`;
+        None: the most probable ones."""
         b, t, _ = code.shape
         codes = code @ self.posterior.weight[0][self.config.memory :] + self.posterior.bias[0]
         nothing = first[..., None]
         led = self.led(action.masked_fill(nothing, 0.0), hours.masked_fill(first, 0.0))
         u = None if generator is None else torch.rand(t, b, self.config.groups, generator=generator, device=code.device)
         h0, z0 = self.first(b)
-        h, z, parts = h0, z0, list[tuple[Tensor, Tensor, Tensor]]()
+        h, z = (h0, z0) if start is None else (start.h, start.z)
+        parts = list[tuple[Tensor, Tensor, Tensor]]()
         for i in range(t):
             h, z = torch.where(nothing[:, i], h0, h), torch.where(nothing[:, i], z0, z)
             h = self.step(h, z, led[:, i])

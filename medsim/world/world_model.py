@@ -111,7 +111,7 @@ class Heads(nn.Module):
         death = MLPConfig((*sizes, 1), "silu", layernorm=True, out_gain=0.01)
         self.death = MLP(death, spawn(seed, "death")) if c.mortality else None
 
-
+# %% ../../nbs/world/05_world_model.ipynb #22d56b2a
 class WorldModel(nn.Module):
     """A world model of D features and A discrete actions; the initial weights are those of `seed`.
 
@@ -137,10 +137,14 @@ class WorldModel(nn.Module):
         "Ids (...) as one-hot (..., A); -1, no treatment yet, as zeros."
         return F.one_hot(action.clamp(min=0), self.n_actions).float() * (action >= 0)[..., None]
 
-    def observe(self, rows: Rows, generator: torch.Generator | None = None) -> Latent:
-        "States (B, L, ..) along charted rows: posterior of what was charted up to each, and the prior before it."
+    def observe(
+        self, rows: Rows, generator: torch.Generator | None = None, start: Latent | None = None
+    ) -> Latent:
+        """States (B, L, ..) along charted rows: posterior of what was charted up to each, and the prior before it;
+        `start` (B, ..): the states to go on from."""
         code = self.encoder(Inputs(rows.value, rows.observed, rows.delta, rows.freshness))
-        return self.rssm.observe(code, self.treated(rows.action), rows.hours, rows.first, generator)
+        return self.rssm.observe(code, self.treated(rows.action), rows.hours, rows.first, generator,
+                                 start)
 
     def decode(self, latent: Latent, last: Tensor, staleness: Tensor) -> Tensor:
         "Values (..., D) in z units, from states and from the values last charted (..., D), so many hours old."
@@ -172,9 +176,9 @@ def over(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def world_loss(
-    model: WorldModel, rows: Rows, generator: torch.Generator | None = None, died: Tensor | None = None
+    model: WorldModel, rows: Rows, generator: torch.Generator | None = None
 ) -> tuple[Tensor, dict[str, Tensor], Latent]:
-    "The loss, its parts, and the states. `died` (B,) is needed by a head for death."
+    "The loss, its parts, and the states."
     c, s = model.config, model.observe(rows, generator)
     told = model.decode(s, *before(rows))
     seen = rows.mask & rows.observed.any(-1)
@@ -186,10 +190,9 @@ def world_loss(
         "divergence": over(balanced(s.log_q, s.log_p, c.free, c.forward, c.back), rows.mask),
     }
     if model.heads.death is not None:
-        if died is None: raise ValueError("died: a model with a head for death needs to know who died, (B,)")
         logit = model.heads.death(s.features)[..., 0]
-        target = died.to(logit.dtype)[:, None].expand_as(logit)
-        parts["death"] = over(F.binary_cross_entropy_with_logits(logit, target, reduction="none"), rows.mask)
+        parts["death"] = over(F.binary_cross_entropy_with_logits(logit, rows.died.to(logit), reduction="none"),
+                              rows.mask)
     loss = torch.stack([*parts.values()]).sum()
     return loss, {**parts, "nats": over(divergence(s.log_q, s.log_p), rows.mask)}, s
 
