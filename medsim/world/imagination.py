@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEVER', 'Chooser', 'Imagined', 'imagine', 'lambda_returns', 'ActorConfig', 'ActorCritic', 'ImagineConfig',
-           'still_going', 'actor_critic_losses']
+           'still_going', 'width', 'actor_critic_losses']
 
 # %% ../../nbs/world/07_imagination.ipynb #b8c2f654
 from collections.abc import Callable
@@ -142,6 +142,13 @@ def still_going(goes_on: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(goes_on[:, :1]), goes_on[:, :-1]], 1).cumprod(1)
 
 
+def width(returns: Tensor, config: ImagineConfig) -> Tensor:
+    "What advantages are divided by: 1, or the range between the 5th and 95th percentile of the returns, at least 1."
+    if config.scale == "none": return torch.ones(())
+    low, high = torch.quantile(returns, torch.tensor([0.05, 0.95], device=returns.device))
+    return (high - low).clamp(min=1.0)
+
+
 def actor_critic_losses(
     agent: ActorCritic, seen: Imagined, config: ImagineConfig, clinicians: Tensor | None = None
 ) -> dict[str, Tensor]:
@@ -155,10 +162,7 @@ def actor_critic_losses(
         goes_on = seen.goes_on
         returns = lambda_returns(seen.reward, goes_on, agent.value(features, slow=True), config.gamma, config.lam)
         weight = still_going(goes_on)
-        advantage = returns - agent.value(features[:, :-1])
-        if config.scale == "range":
-            low, high = torch.quantile(returns, torch.tensor([0.05, 0.95], device=returns.device))
-            advantage = advantage / (high - low).clamp(min=1.0)
+        advantage = (returns - agent.value(features[:, :-1])) / width(returns, config)
     log_p = agent.log_probs(features[:, :-1])
     chosen = log_p.gather(-1, seen.action[..., None])[..., 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
