@@ -109,8 +109,8 @@ class ChartArrays:
             wrong = ~np.isfinite(x.reshape(*x.shape[:2], -1)).all(-1) & self.mask
             if wrong.any():
                 stay = self.ids.stay_id.iloc[int(wrong.any(1).argmax())]
-                raise ValueError(f"{name}: {wrong.sum()} rows hold no finite number, the first in stay_id {stay}; mend or "
-                                 "drop these stays")
+                raise ValueError(f"{name}: {wrong.sum()} rows hold no finite number, the first in stay_id {stay}; mend "
+                                 "or drop these stays")
         if bad := int(((self.action[self.mask] < -1) | (self.action[self.mask] >= self.action_spec.n)).sum()):
             raise ValueError(f"action: {bad} rows have ids outside 0..{self.action_spec.n - 1}")
 
