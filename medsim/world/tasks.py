@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPAN', 'MINUTE_H', 'SETTINGS', 'MOST_ML_PER_KG', 'rested', 'closed', 'staircase', 'peak_rate', 'settings_known_h',
            'settings_in_force', 'done_between', 'observed_features', 'task_rows', 'grid_of', 'action_ids', 'shown',
-           'row_rewards', 'TaskCharts', 'charts_of', 'check_store', 'with_outcome', 'sepsis_task', 'ventilation_task']
+           'row_rewards', 'TaskCharts', 'charts_of', 'check_store', 'longest_outcome', 'sepsis_task',
+           'ventilation_task']
 
 # %% ../../nbs/world/09_tasks.ipynb #30fac552
 import json
@@ -164,13 +165,17 @@ def task_rows(
     store: EventStore, cohort: Cohort, *, kind: str, features: Sequence[Feature] = MEDDREAMER_40,
     window_h: tuple[float, float] = (-24.0, 48.0), min_gap_h: float = 1.0,
     fluids: Sequence[str] = ("crystalloid", "colloid"), split: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0,
-    normaliser: Normaliser | None = None,
+    normaliser: Normaliser | None = None, outcome: str = "hospital", paid: Literal["none", "left", "all"] = "none",
 ) -> IrregularSequences:
     """The charts of a cohort in rows that rest, closed where the patient left; `kind` "sepsis" or "ventilation".
 
-    Errors and warnings as in `sepsis_task`.
+    `paid`: whose outcome must be known: nobody's, that of those who left in the window, or everyone's; stays without
+    are left out. Errors and warnings as in `sepsis_task`.
     """
     features, windows = check_features(features), observation_windows(store, cohort, window_h)
+    owed = windows.left.to_numpy(dtype=bool) & (paid != "none") | (paid == "all")
+    lost = deaths(store, windows, outcome).isna().to_numpy() & owed
+    windows = windows[~lost].reset_index(drop=True)
     if kind == "ventilation":
         known_h = settings_known_h(store, windows.stay_id.to_numpy()).reindex(windows.stay_id).to_numpy()
         windows = windows.assign(start_h=np.maximum(windows.start_h, known_h))
@@ -182,12 +187,14 @@ def task_rows(
     moments = rows.rename(columns={"n": "step"}).assign(at_h=np.nextafter(rows.time_h, np.inf))  # with what just came
     value, observed, age = observe(replace(reader, moments=moments), features, (rows.n == 0).to_numpy())
     ids = stay_table(store, windows[windows.stay_id.isin(rows.stay_id)].reset_index(drop=True), split, seed)
+    ids = ids.assign(died=deaths(store, ids, outcome))
     train = rows.stay_id.isin(ids.stay_id[ids.fold == "train"]).to_numpy()
     kept = observed_features(features, observed, train, normaliser)
     chosen = [f for f, k in zip(features, kept, strict=True) if k]
     out = [f.name for f, k in zip(features, kept, strict=True) if not k]
     how = dict(action=kind, window_h=window_h, min_gap_h=min_gap_h, fluids=fluids, split=split, seed=seed)
-    missing = dict(features_left_out=out, stays_without_rows=len(cohort) - len(ids))
+    without = len(cohort) - len(ids) - int(lost.sum())
+    missing = dict(features_left_out=out, outcome=outcome, outcome_unknown=int(lost.sum()), stays_without_rows=without)
     about = json.loads(json.dumps(described(cohort, store, chosen, **how, **missing)))  # tuples become lists
     done = done_between(store, rows, kind, fluids)
     seen = (value[:, kept], observed[:, kept], age[:, kept])
@@ -290,17 +297,11 @@ def check_store(store: EventStore, task: str, events: Sequence[Sequence[str]], g
         raise ValueError(f"{named}, which this store does not have; extract a source that has them")
 
 
-def with_outcome(
-    s: IrregularSequences, store: EventStore, outcome: str | None, paid: np.ndarray
-) -> IrregularSequences:
-    "With `died` by `outcome` (None: 90 days if known, else hospital); without stays `paid` (N,) what nobody knows."
-    try: died, name = deaths(store, s.ids, outcome or "90d"), outcome or "90d"
-    except ValueError:
-        if outcome is not None: raise
-        died, name = deaths(store, s.ids, "hospital"), "hospital"
-    kept = died.notna().to_numpy() | ~paid
-    about = {**s.alignment, "outcome": name, "outcome_unknown": int((~kept).sum())}
-    return replace(s, ids=s.ids.assign(died=died), alignment=about).select(kept)
+def longest_outcome(store: EventStore) -> str:
+    'The death that a store follows longest: "90d", or "hospital" if it knows none after discharge.'
+    try: deaths(store, store.stays, "90d")
+    except ValueError: return "hospital"
+    return "90d"
 
 # %% ../../nbs/world/09_tasks.ipynb #e7c8f067
 def sepsis_task(
@@ -326,11 +327,11 @@ def sepsis_task(
     """
     named = [(n,) for n in reward.needs if n in vocabulary().index]
     check_store(store, "sepsis", named, [VASOPRESSORS, tuple(fluids)])
+    paid: Literal["none", "left", "all"] = ("all" if cut == "end" else "left") if reward.pays_outcome else "none"
     made = task_rows(store, sepsis3(store) if cohort is None else cohort, kind="sepsis", features=features,
                      window_h=window_h, min_gap_h=min_gap_h, fluids=fluids, split=split, seed=seed,
-                     normaliser=normaliser)
-    paid = reward.pays_outcome & (made.ids.left.to_numpy(dtype=bool) | (cut == "end"))
-    return charts_of(with_outcome(made, store, outcome, paid), reward, spec=spec, cut=cut)
+                     normaliser=normaliser, outcome=outcome or longest_outcome(store), paid=paid)
+    return charts_of(made, reward, spec=spec, cut=cut)
 
 # %% ../../nbs/world/09_tasks.ipynb #20cd3d2a
 def ventilation_task(
