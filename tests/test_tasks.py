@@ -89,11 +89,6 @@ def test_all_forty_features_but_those_that_are_not_there(source, request):
     assert made(request, source, "sepsis").about["outcome"] == ("hospital" if source == "eicu_store" else "90d")
 
 
-def test_features_that_are_not_there_are_named(request, eicu_store):
-    few = members(made(request, "eicu_store", "sepsis"))
-    with pytest.warns(UserWarning, match="total_co2, pt"): sepsis_task(eicu_store, cohort=few)
-
-
 def test_edges_come_from_training_stays_alone(request, mimic4_store, tmp_path):
     c, store = made(request, "mimic4_store", "sepsis"), mimic4_store
     elsewhere = c.ids.stay_id[~c.fold("train")]
