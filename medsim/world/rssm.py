@@ -29,7 +29,7 @@ def drawn(log_p: Tensor, u: Tensor | None) -> Tensor:
     p = log_p.exp()
     if u is None: at = log_p.argmax(-1)
     else: at = (p.detach().cumsum(-1) <= u[..., None]).sum(-1).clamp(max=p.shape[-1] - 1)
-    hot = F.one_hot(at, p.shape[-1]).to(p.dtype)
+    hot = torch.zeros_like(p).scatter_(-1, at[..., None], 1.0)
     return hot + p - p.detach()
 
 # %% ../../nbs/world/03_rssm.ipynb #a408f67f
@@ -40,8 +40,10 @@ def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 def balanced(log_q: Tensor, log_p: Tensor, free: float = 3.0, forward: float = 0.5, back: float = 0.1) -> Tensor:
     "The balanced divergence (...) above."
-    guess = divergence(log_q.detach(), log_p).clamp(min=free)
-    return forward * guess + back * divergence(log_q, log_p.detach()).clamp(min=free)
+    q = log_q.exp()
+    guess = (q.detach() * (log_q.detach() - log_p)).sum((-2, -1))
+    told = (q * (log_q - log_p.detach())).sum((-2, -1))
+    return forward * guess.clamp(min=free) + back * told.clamp(min=free)
 
 # %% ../../nbs/world/03_rssm.ipynb #ab75cc43
 def remembered(gates: Tensor, h: Tensor) -> Tensor:
@@ -132,23 +134,24 @@ class RSSM(nn.Module):
         x = torch.cat([action, log_hours(hours)[..., None]], -1) if self.config.gaps == "input" else action
         return x @ self.enter.weight[0][self.config.n_latent :] + self.enter.bias[0]
 
-    def step(self, h: Tensor, z: Tensor, led: Tensor) -> Tensor:
-        "The next memory (B, H)."
+    def step(self, h: Tensor, z: Tensor, led: Tensor, entry: Tensor | None = None) -> Tensor:
+        "The next memory (B, H). `entry`: the first layer's weights of z, where they were cut out before a loop."
         net = self.enter
-        x = z @ net.weight[0][: self.config.n_latent] + led
-        x = F.silu(F.layer_norm(x, x.shape[-1:]) * net.scale[0] + net.shift[0])
-        return remembered(self.norm(x @ net.weight[1] + net.bias[1] + h @ self.again), h)
+        entry = net.weight[0][: self.config.n_latent] if entry is None else entry
+        x = torch.addmm(led, z, entry)
+        x = F.silu(F.layer_norm(x, x.shape[-1:], net.scale[0], net.shift[0]))
+        return remembered(self.norm(torch.addmm(torch.addmm(net.bias[1], x, net.weight[1]), h, self.again)), h)
 
 # %% ../../nbs/world/03_rssm.ipynb #f3ce2722
 class Observer(RSSM):
     "An `RSSM` that goes along charted rows, and on without them."
 
-    def seen(self, h: Tensor, code: Tensor) -> Tensor:
-        "Posterior log-probabilities from memory and what a row's code adds to the first layer."
+    def seen(self, h: Tensor, code: Tensor, entry: Tensor) -> Tensor:
+        "Posterior log-probabilities from memory, the first layer's weights of it, and what a row's code adds there."
         net = self.posterior
-        x = h @ net.weight[0][: self.config.memory] + code
-        x = F.silu(F.layer_norm(x, x.shape[-1:]) * net.scale[0] + net.shift[0])
-        return self._classes(x @ net.weight[1] + net.bias[1])
+        x = torch.addmm(code, h, entry)
+        x = F.silu(F.layer_norm(x, x.shape[-1:], net.scale[0], net.shift[0]))
+        return self._classes(torch.addmm(net.bias[1], x, net.weight[1]))
 
     def observe(
         self, code: Tensor, action: Tensor, hours: Tensor, first: Tensor, generator: torch.Generator | None = None,
@@ -158,17 +161,18 @@ class Observer(RSSM):
         (B, T) bool, where a stay begins; `start` (B, ..): the states to go on from. Classes are drawn by `generator`;
         None: the most probable ones."""
         b, t, _ = code.shape
-        codes = code @ self.posterior.weight[0][self.config.memory :] + self.posterior.bias[0]
-        nothing = first[..., None]
-        led = self.led(action.masked_fill(nothing, 0.0), hours.masked_fill(first, 0.0))
+        of_h, of_code = self.posterior.weight[0].tensor_split([self.config.memory])
+        of_z, nothing = self.enter.weight[0][: self.config.n_latent], first[..., None]
+        codes = (code @ of_code + self.posterior.bias[0]).unbind(1)
+        led = self.led(action.masked_fill(nothing, 0.0), hours.masked_fill(first, 0.0)).unbind(1)
         u = None if generator is None else torch.rand(t, b, self.config.groups, generator=generator, device=code.device)
         h0, z0 = self.first(b)
         h, z = (h0, z0) if start is None else (start.h, start.z)
         parts = list[tuple[Tensor, Tensor, Tensor]]()
-        for i in range(t):
-            h, z = torch.where(nothing[:, i], h0, h), torch.where(nothing[:, i], z0, z)
-            h = self.step(h, z, led[:, i])
-            q = self.seen(h, codes[:, i])
+        for i, begins in enumerate(first.any(0).tolist()):
+            if begins: h, z = torch.where(nothing[:, i], h0, h), torch.where(nothing[:, i], z0, z)
+            h = self.step(h, z, led[i], of_z)
+            q = self.seen(h, codes[i], of_h)
             z = drawn(q, None if u is None else u[i]).flatten(-2)
             parts.append((h, z, q))
         memory, classes, log_q = (torch.stack(x, 1) for x in zip(*parts, strict=True))
