@@ -72,7 +72,9 @@ def test_both_phases_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytes
     for phase in ("hybrid", "imagined"):
         folder, calls = tmp_path / phase, iter(range(99))
 
-        def stops(*given, losses=getattr(meddreamer, f"{phase}_losses"), calls=calls):
+        losses = getattr(meddreamer, f"{phase}_losses")
+
+        def stops(*given, losses=losses, calls=calls):
             if next(calls) == 3: raise KeyboardInterrupt
             return losses(*given)
 
