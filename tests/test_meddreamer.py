@@ -88,6 +88,13 @@ def test_both_phases_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytes
         train_meddreamer(CHARTS, replace(CONFIG, floor=0.2), seed=4, progress=False, checkpoint=folder)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_learning_elsewhere():
+    dreamer, told = train_meddreamer(CHARTS, CONFIG, progress=False, device="cuda")
+    assert all(x.device.type == "cpu" for x in dreamer.state_dict().values())
+    assert all(np.isfinite(h.loss).all() for h in told.values())
+
+
 def test_the_world_stands_still_and_only_the_policy_learns(dreamer: Dreamer):
     rows, gen = Windows(CHARTS, 6).batch(torch.tensor(0), 0, 8), torch.Generator().manual_seed(0)
     for losses in (hybrid_losses, imagined_losses):

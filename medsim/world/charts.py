@@ -81,6 +81,10 @@ class Rows(NamedTuple):
     died: Tensor  # (B, L) bool: the stay's patient died in the end, as far as `ids` says
     mask: Tensor  # (B, L) bool
 
+    def to(self, device: str | torch.device) -> "Rows":
+        "The same rows on a device."
+        return Rows(*(x.to(device) for x in self))
+
 # %% ../../nbs/world/04_charts.ipynb #02a10758
 @dataclass(frozen=True, eq=False)
 class ChartArrays:

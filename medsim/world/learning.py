@@ -139,20 +139,26 @@ def fingerprint(*what: Any) -> str:
 def train_world(
     charts: Charts, config: WorldConfig = WorldConfig(), descent: Descent = Descent(), *, seed: int = 0,  # noqa: B008
     progress: bool = True, checkpoint: str | Path | None = None, log: Log | str | Path | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[WorldModel, pd.DataFrame]:
     """A world model of the training stays, and its history; validated by the validation stays, if there are any.
 
-    `checkpoint`: a folder to go on from; `log`: a callback (row, step) or a file of JSON lines. ValueError for stays
-    that are not there, and for a head for death where `charts.ids` does not say who died; `Diverged` naming the step.
+    It learns on `device`, such as "cuda", and comes back to the processor. `checkpoint`: a folder to go on from; `log`:
+    a callback (row, step) or a file of JSON lines. ValueError for stays that are not there, and for a head for death
+    where `charts.ids` does not say who died; `Diverged` naming the step.
     """
     if config.mortality and charts.ids.get("died", pd.Series([None])).isna().any():
         raise ValueError("mortality=True: charts.ids must say of every stay who died, in a column died without gaps")
-    model = WorldModel(len(charts.feature_names), charts.action_spec.n, config, seed=seed, names=charts.feature_names)
+    model = WorldModel(len(charts.feature_names), charts.action_spec.n, config, seed=seed, names=charts.feature_names,
+                       device=device)
     windows, key = Windows(charts, descent.length), torch.tensor(seed)
-    held = Windows(charts, descent.length, "val").every(descent.batch) if charts.fold("val").any() else None
+    held = None
+    if charts.fold("val").any():
+        held = [rows.to(device) for rows in Windows(charts, descent.length, "val").every(descent.batch)]
 
     def told(step: int) -> dict[str, Tensor]:
-        loss, parts, _ = world_loss(model, windows.batch(key, step, descent.batch), noise(seed, step))
+        rows = windows.batch(key, step, descent.batch).to(device)
+        loss, parts, _ = world_loss(model, rows, noise(seed, step, device))
         return {"loss": loss, **parts}
 
     def judge() -> dict[str, float]:
@@ -162,7 +168,7 @@ def train_world(
     mark = fingerprint(asdict(config), asdict(descent), seed, charts.value, charts.action, charts.reward)
     history = descend(model, list(model.parameters()), told, judge if held else None, descent, mark=mark,
                       progress=progress, checkpoint=checkpoint, log=log)
-    return model, history
+    return model.to("cpu"), history
 
 
 def mean_told(model: WorldModel, held: Sequence[Rows]) -> dict[str, float]:

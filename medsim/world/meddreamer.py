@@ -122,7 +122,7 @@ def whole(charts: Charts) -> Rows:
 # %% ../../nbs/world/08_meddreamer.ipynb #816d7797
 def last_state(states: Latent, mask: Tensor) -> Latent:
     "The state (B, ..) of the last row that exists."
-    return states.at((torch.arange(len(mask)), mask.sum(1) - 1))
+    return states.at((torch.arange(len(mask), device=mask.device), mask.sum(1) - 1))
 
 
 def hybrid_losses(dreamer: Dreamer, rows: Rows, config: ImagineConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -197,15 +197,17 @@ def quick(**changes: Any) -> MedDreamer:
 
 # %% ../../nbs/world/08_meddreamer.ipynb #2cc583b4
 def train_clone(
-    dreamer: Dreamer, charts: Charts, descent: Descent, seed: int, mark: str, progress: bool, checkpoint: Path | None
+    dreamer: Dreamer, charts: Charts, descent: Descent, seed: int, mark: str, progress: bool,
+    checkpoint: Path | None, device: str | torch.device,
 ) -> pd.DataFrame:
     "Clone the clinicians, and learn doubt, on the model's states; the weights that the validation stays find best."
     windows, key = Windows(charts, descent.length), torch.tensor(spawn(seed, "clone"))
     held = Windows(charts, descent.length, "val").every(descent.batch) if charts.fold("val").any() else []
+    held = [rows.to(device) for rows in held]
     learned = nn.ModuleList([dreamer.clone, dreamer.doubt])
 
     def told(step: int) -> dict[str, Tensor]:
-        rows, g = windows.batch(key, step, descent.batch), noise(seed, step)
+        rows, g = windows.batch(key, step, descent.batch).to(device), noise(seed, step, device)
         states = states_of(dreamer.model, rows, g)
         cloning, doubt = cloning_loss(dreamer.clone, states, rows), doubt_loss(dreamer.doubt, states, rows, g)
         return {"loss": cloning + doubt, "cloning": cloning, "doubt": doubt}
@@ -218,14 +220,14 @@ def train_clone(
 
     history = descend(learned, list(learned.parameters()), told, judge if held else None, descent, mark=mark,
                       progress=progress, checkpoint=checkpoint)
-    rows = windows.batch(key, descent.steps, descent.batch)
+    rows = windows.batch(key, descent.steps, descent.batch).to(device)
     settle(dreamer.doubt, states_of(dreamer.model, rows), rows)
     return history
 
 
 def train_phase(
     dreamer: Dreamer, charts: Charts, name: str, phase: Phase, seed: int, mark: str, progress: bool,
-    checkpoint: Path | None,
+    checkpoint: Path | None, device: str | torch.device,
 ) -> pd.DataFrame:
     "One phase of the policy's learning; the weights at its end."
     agent, d = dreamer.agent, phase.descent
@@ -235,7 +237,8 @@ def train_phase(
 
     def told(step: int) -> dict[str, Tensor]:
         if step: agent.follow()
-        return losses(dreamer, windows.batch(key, step, d.batch), phase.asked, noise(spawn(seed, name), step))
+        rows = windows.batch(key, step, d.batch).to(device)
+        return losses(dreamer, rows, phase.asked, noise(spawn(seed, name), step, device))
 
     learned = [p for p in agent.parameters() if p.requires_grad]
     return descend(agent, learned, told, None, d, mark=mark, progress=progress, checkpoint=checkpoint)
@@ -243,24 +246,26 @@ def train_phase(
 # %% ../../nbs/world/08_meddreamer.ipynb #4c5d08c9
 def train_meddreamer(
     charts: Charts, config: MedDreamer = MedDreamer(), *, seed: int = 0, progress: bool = True,  # noqa: B008  (frozen)
-    checkpoint: str | Path | None = None, model: WorldModel | None = None,
+    checkpoint: str | Path | None = None, model: WorldModel | None = None, device: str | torch.device = "cpu",
 ) -> tuple[Dreamer, dict[str, pd.DataFrame]]:
     """Train world model (unless it is given), clone and policy; the histories of the phases.
 
-    `checkpoint`: a folder with one for each phase, to go on from. Errors as in `train_world` and `descend`.
+    `checkpoint`: a folder with one for each phase, to go on from; `device`: where to learn. Errors as in `train_world`
+    and `descend`.
     """
     where: Callable[[str], Path | None] = lambda phase: None if checkpoint is None else Path(checkpoint) / phase  # noqa: E731
     if checkpoint is not None: Path(checkpoint).mkdir(parents=True, exist_ok=True)
     told: dict[str, pd.DataFrame] = {}
     if model is None:
         model, told["world"] = train_world(charts, config.world, config.learn, seed=spawn(seed, "world"),
-                                           progress=progress, checkpoint=where("world"))
+                                           progress=progress, checkpoint=where("world"), device=device)
     dreamer = Dreamer(model, config.actor, config.least, spawn(seed, "policy"))
-    weights = [x.numpy() for x in model.state_dict().values()]
+    weights = [x.cpu().numpy() for x in model.state_dict().values()]
+    dreamer.to(device)
     mark = fingerprint(asdict(config), seed, charts.value, charts.action, charts.reward, *weights)
-    told["clone"] = train_clone(dreamer, charts, config.clone, seed, mark, progress, where("clone"))
+    told["clone"] = train_clone(dreamer, charts, config.clone, seed, mark, progress, where("clone"), device)
     for name in ("hybrid", "imagined"):
         if (phase := getattr(config, name)) is not None:
-            told[name] = train_phase(dreamer, charts, name, phase, seed, mark, progress, where(name))
+            told[name] = train_phase(dreamer, charts, name, phase, seed, mark, progress, where(name), device)
     dreamer.agent.config = replace(dreamer.agent.config, floor=config.floor)
-    return dreamer, told
+    return dreamer.to("cpu"), told
