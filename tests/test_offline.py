@@ -265,6 +265,25 @@ def test_slow_networks_follow_at_their_steps():
     assert torch.equal(a.weight, b.weight)
 
 
+@pytest.mark.parametrize("name", ["dqn", "cql"])
+def test_slow_values_worked_out_once_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    room, kind, _ = KINDS[name]
+    config = kind(**{**QUICK, "batch": 256}, tau=1.0, target_every=15)
+    calls: list[int] = []
+    asked = dqn.DoubleQ.after
+
+    def counted(self: Any, b: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(self.told is not None)
+        return asked(self, b)
+
+    monkeypatch.setattr(dqn.DoubleQ, "after", counted)
+    once = room.train(TOY, config, seed=[0, 1], progress=False)
+    assert sum(calls) >= 30  # of 40 gradient steps, but for the first after each move
+    monkeypatch.setattr(dqn, "MOST_KEPT", 0)
+    each = room.train(TOY, config, seed=[0, 1], progress=False)
+    close(once.policy, each.policy)
+
+
 def test_an_infinite_norm_leaves_gradients_as_they_are():
     free, wide, tight = (dqn.train(TOY, dqn.DQN(**QUICK, max_grad_norm=m), progress=False) for m in (np.inf, 1e9, 1e-6))
     close(free.policy, wide.policy)

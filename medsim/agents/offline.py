@@ -171,7 +171,8 @@ def practise_offline(learner: Learner) -> Practice:
     told: list[dict[str, Tensor]] = []
     for steps in torch.arange(first, first + n, device=learner.device).split(50):  # draws are made 50 steps at a time
         places = replay.places(learner.key, steps, learner.config.batch)
-        told += [improve(learner, first + len(told) + j, replay.rows(at)) for j, at in enumerate(places)]
+        told += [improve(learner, first + len(told) + j, {**replay.rows(at), "place": at})
+                 for j, at in enumerate(places)]
     names = list(told[0])
     all_told = torch.stack([torch.stack([t[n] for n in names]) for t in told])  # (steps, names, K)
     if len(bad := torch.logical_not(torch.isfinite(all_told)).nonzero()):
