@@ -9,6 +9,7 @@ import torch
 
 from medsim.data.normaliser import Normaliser
 from medsim.data.sequences import IrregularSequences, grud_delta
+from medsim.world import reconstruction
 from medsim.world.afi import ENCODERS
 from medsim.world.reconstruction import (
     LOCF,
@@ -115,6 +116,24 @@ def test_training_repeats_itself_and_survives_the_disk(stays: IrregularSequences
     assert score(back, stays).equals(score(again, stays)) and back.normaliser == stays.normaliser
     with pytest.raises(ValueError, match="not empty"): save_reconstructor(net, tmp_path / "net")
     with pytest.raises(ValueError, match="reconstructor.json"): load_reconstructor(tmp_path)
+
+
+def test_a_run_goes_on_where_it_was_stopped(stays: IrregularSequences, tmp_path, monkeypatch) -> None:
+    config = replace(QUICK, epochs=4)
+    once, epochs = train_reconstruction(stays, config, seed=5), reconstruction.epoch_of
+
+    def stops(*given):
+        if given[-1] == 2: raise KeyboardInterrupt
+        return epochs(*given)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(reconstruction, "epoch_of", stops)
+        train_reconstruction(stays, config, seed=5, checkpoint=tmp_path / "run")
+    again = train_reconstruction(stays, config, seed=5, checkpoint=tmp_path / "run")
+    assert once.history == again.history
+    assert all(torch.equal(x, again.state_dict()[n]) for n, x in once.state_dict().items())
+    with pytest.raises(ValueError, match="another run"):
+        train_reconstruction(stays, config, seed=6, checkpoint=tmp_path / "run")
 
 
 def test_scores_are_those_counted_by_hand(stays: IrregularSequences) -> None:

@@ -9,6 +9,7 @@ __all__ = ['Chart', 'chart_of', 'chances', 'last_row', 'View', 'view', 'Task', '
            'load_reconstructor']
 
 # %% ../../nbs/world/02_reconstruction.ipynb #862bc0b2
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.checkpoint import keep_run, kept_run, moments, parted, put_moments
 from ..core.counter import derive, uniform
 from ..core.paths import atomic_folder
 from ..core.seeding import generators, spawn
@@ -297,22 +299,37 @@ def validation_loss(net: Reconstructor, chart: Chart, seed: int) -> float:
 
 def train_reconstruction(
     sequences: IrregularSequences, config: ReconstructionConfig = ReconstructionConfig(), seed: int = 0,  # noqa: B008
-    progress: bool = False,
+    progress: bool = False, checkpoint: str | Path | None = None,
 ) -> Reconstructor:
-    "A reconstructor of the training fold, the epoch that the validation fold likes best. Its `history` tells of all."
+    """A reconstructor of the training fold, the epoch that the validation fold likes best. Its `history` tells of all.
+
+    `checkpoint`: a folder, kept after every epoch and gone on from. ValueError if it is of another run.
+    """
     check_seen(sequences)
     train, val = chart_of(sequences, "train"), chart_of(sequences, "val")
     net = Reconstructor(sequences.feature_names, config, spawn(seed, "net"))
     net.normaliser = sequences.normaliser
     adam = torch.optim.Adam(net.parameters(), lr=config.rate)
-    best, kept, at = math.inf, deepcopy(net.state_dict()), 0
-    for epoch in range(config.epochs):
+    kept, folder = deepcopy(net.state_dict()), None if checkpoint is None else Path(checkpoint)
+    mark = hashlib.blake2b(json.dumps([asdict(config), seed]).encode() + sequences.value.tobytes()).hexdigest()[:16]
+    if folder is not None and (found := kept_run(folder, mark)) is not None:
+        parts, net.history = parted(found[0]), found[1]["history"]
+        net.load_state_dict(parts["now"])
+        put_moments(adam, parts["adam"])
+        kept = parts["best"]
+    scored = [row["val"] for row in net.history]
+    best, at = min(scored, default=math.inf), int(np.argmin(scored)) if scored else 0
+    for epoch in range(len(scored), config.epochs):
+        if epoch - at > config.patience: break
         loss = epoch_of(net, train, adam, seed, epoch)
         now = validation_loss(net, val, seed=0)
         net.history.append({"epoch": epoch, "train": loss, "val": now})
         if progress: print(f"epoch {epoch}: training {loss:.4f}, validation {now:.4f}", flush=True)
         if now < best: best, at, kept = now, epoch, deepcopy(net.state_dict())
-        elif epoch - at >= config.patience: break
+        if folder is not None:
+            states = {"now": net.state_dict(), "best": kept}
+            tensors = {f"{head}.{n}": x for head, state in states.items() for n, x in state.items()}
+            keep_run(folder, {**tensors, **moments(adam)}, {"run": mark, "history": net.history})
     net.load_state_dict(kept)
     return net
 
