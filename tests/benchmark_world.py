@@ -83,7 +83,7 @@ def ours(what: str, batch: int, length: int, starts: int, own: bool) -> Any:
         first, there = torch.zeros(batch, length).bool(), torch.ones(batch, length).bool()
         first[:, 0] = True
         age = hours[..., None].expand_as(value)
-        rows = Rows(value, observed, age, age, action, hours, reward, ended, first, action, there)
+        rows = Rows(value, observed, age, age, action, hours, reward, ended, first, action, ended, there)
         return descent(model.parameters(), lambda j: world_loss(model, rows, g)[0])
     agent = ActorCritic(LATENT + MEMORY, ACTIONS)
     p, z = torch.zeros(1), one_hot(torch.randint(GROUPS, (starts, GROUPS), generator=g), GROUPS).float()
