@@ -14,7 +14,6 @@ after each copy; that falls into the warm-up, and is under 1 % of 8,000 steps.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from functools import cache
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from other_interpreter import Peer
 
 ROWS, FEATURES, ACTIONS = 20_000, 48, 25
 
@@ -87,23 +87,6 @@ def serve() -> None:
         print(json.dumps(timed(theirs(name, int(size)), int(steps))), flush=True)
 
 
-class Peer:
-    "d3rlpy in another interpreter."
-
-    def __init__(self, python: str) -> None:
-        clean = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
-        self.process = subprocess.Popen([python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        stderr=subprocess.DEVNULL, env=clean)
-
-    def rate(self, name: str, size: int, steps: int) -> float:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{name} {size} {steps}\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line[:1].isdigit(): return float(line)
-        raise RuntimeError("the peer's interpreter ended: has it d3rlpy?")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="of a policy, in a round")
@@ -120,7 +103,7 @@ def main() -> None:
     except ImportError:
         serve()
         return
-    peer = Peer(asked.peer) if asked.peer else None
+    peer = Peer(asked.peer, __file__, "d3rlpy") if asked.peer else None
     for name in asked.agents:
         for size in asked.batches:
             single = None

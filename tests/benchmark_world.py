@@ -21,7 +21,6 @@ default encoder and decoder ("direct", carrying).
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from functools import cache
@@ -29,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from other_interpreter import Peer
 from torch.nn.functional import one_hot
 
 FEATURES, ACTIONS, HORIZON = 40, 25, 15
@@ -221,23 +221,6 @@ def serve() -> None:
         print(json.dumps(timed(theirs(what, batch, length, starts), steps)), flush=True)
 
 
-class Peer:
-    "torchrl in another interpreter."
-
-    def __init__(self, python: str) -> None:
-        clean = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
-        self.process = subprocess.Popen([python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        stderr=subprocess.DEVNULL, env=clean)
-
-    def rate(self, *asked: Any) -> float:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(" ".join(map(str, asked)) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line[:1].isdigit(): return float(line)
-        raise RuntimeError("the peer's interpreter ended: has it torchrl?")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2, help="in a round")
@@ -255,7 +238,7 @@ def main() -> None:
     except ImportError:
         serve()
         return
-    peer = Peer(asked.peer) if asked.peer else None
+    peer = Peer(asked.peer, __file__, "torchrl") if asked.peer else None
     for what in asked.what:
         sizes, rates, others = (asked.batch, asked.length, asked.starts), list[float](), list[float]()
         step = ours(what, *sizes, asked.own or not peer)

@@ -100,7 +100,7 @@ class DoubleQ(Learner):
             "score": 1 - mean((target - done).square(), w) / spread.clamp(min=1e-12),
         }
 
-
+# %% ../../nbs/agents/17_dqn.ipynb #a7c41d20
 def train(
     episodes: Episodes | Sequence[Episodes], config: DQN = DQN(), *, seed: int | Sequence[int] = 0,  # noqa: B008  (frozen)
     progress: bool = True, checkpoint: str | Path | None = None, log: Log | str | Path | None = None,
