@@ -56,12 +56,12 @@ def charts(d: dict[str, np.ndarray]) -> Charts:
     at = np.maximum.accumulate(np.where(d["seen"], np.arange(ROWS)[:, None], -1), 1)
     value = np.where(at < 0, 0.0, np.take_along_axis(d["y"], np.maximum(at, 0), 1))
     obs, mask = np.concatenate([value, d["seen"]], -1).astype(np.float32), np.ones((N, ROWS - 1), bool)
-    as_is = Normaliser(NAMES, (0.0,) * 4, (0.0,) * 4, (1.0,) * 4, (-np.inf,) * 4, (np.inf,) * 4, (False,) * 4)
     ids = pd.DataFrame({"stay_id": np.arange(N), "subject_id": np.arange(N), "start_h": 0.0,
                         "fold": np.where(np.arange(N) < 1_000, "train", "test")})
     return Charts.of(Episodes(
         obs=obs[:, :-1], final_obs=obs[:, -1], action=d["dose"], reward=np.zeros(mask.shape), cost=np.zeros(mask.shape),
-        dt=d["hours"], mask=mask, terminated=np.zeros_like(mask), truncated=last_step(mask), ids=ids, normaliser=as_is,
+        dt=d["hours"], mask=mask, terminated=np.zeros_like(mask), truncated=last_step(mask), ids=ids,
+        normaliser=Normaliser.as_is(NAMES),
         feature_names=NAMES, units=dict.fromkeys(NAMES, "1"), alignment={"source": "a known system"},
         action_spec=Treatments(("dose",), ("number",), (0.0,), (2.0,), ((0.0, 1.0, 2.0),))))
 

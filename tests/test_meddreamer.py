@@ -27,7 +27,7 @@ from medsim.world.meddreamer import (
     hybrid_losses,
     hybrid_returns,
     imagined_losses,
-    last_state,
+    last_open,
     states_of,
     train_meddreamer,
     whole,
@@ -60,11 +60,29 @@ def test_a_hybrid_return_is_one_recursion_over_rows_and_steps(n: int, more: int,
     assert (found[0, n - 1 :] == after).all()
 
 
-def test_the_last_state_is_the_last_charted_row(dreamer: Dreamer):
-    rows = whole(CHARTS)
-    states = states_of(dreamer.model, rows)
+def test_steps_are_imagined_from_the_last_row_that_did_not_end_the_stay(dreamer: Dreamer):
+    rows = CHARTS.rows(np.arange(60), np.zeros(60, int), 9)  # some stays end in these windows, others go on
+    states, found = states_of(dreamer.model, rows), last_open(states_of(dreamer.model, rows), rows)
+    assert 0 < rows.ended.any(1).sum() < len(rows.mask)
     for i, n in enumerate(rows.mask.sum(1).tolist()):
-        assert torch.equal(last_state(states, rows.mask).h[i], states.h[i, n - 1])
+        assert torch.equal(found.h[i], states.h[i, n - 1 - int(rows.ended[i, n - 1])])
+
+
+def test_nothing_follows_the_row_that_ended_a_stay(dreamer: Dreamer, monkeypatch: pytest.MonkeyPatch):
+    rows = CHARTS.rows(np.arange(60), np.zeros(60, int), 9)
+    ends = rows.ended.any(1)
+    assert 0 < ends.sum() < 60
+    asked, returns = [], ImagineConfig(horizon=2, gamma=1.0, lam=1.0)
+
+    def kept(reward, goes_on, value, mask, after, gamma, lam):
+        asked.append(hybrid_returns(reward, goes_on, value, mask, after, gamma, lam))
+        asked.append(hybrid_returns(reward, goes_on, value, mask, after + 100.0, gamma, lam))
+        return asked[0]
+
+    monkeypatch.setattr(meddreamer, "hybrid_returns", kept)
+    hybrid_losses(dreamer, rows, returns, torch.Generator().manual_seed(0))
+    moved = ((asked[1] - asked[0]) * (rows.chosen[:, :-1] >= 0)).abs().amax(1)
+    assert (moved[ends] == 0).all() and (moved[~ends] > 1).all()
 
 
 def test_both_phases_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -404,12 +404,11 @@ def draw_reliability(episodes: Episodes, probs: Mapping[str, np.ndarray], bins: 
 def with_features(episodes: Episodes, table: np.ndarray) -> Episodes:
     "Episodes of numbered states with the rows of `table` (S, D) as features. ValueError for a state without a row."
     if "state" not in episodes.feature_names: raise ValueError('feature_names: needs the feature "state"')
-    j, number, d = episodes.feature_names.index("state"), episodes.normaliser.only("state"), table.shape[1]
+    j, number = episodes.feature_names.index("state"), episodes.normaliser.only("state")
     state, final = (np.round(number.inverse(x[..., j : j + 1])[..., 0]).astype(int)
                     for x in (episodes.obs, episodes.final_obs))
     for field, x in (("obs", state), ("final_obs", final)):
         refuse(field, (x < 0) | (x >= len(table)), f"a state beyond the {len(table)} rows of the table")
-    columns = tuple(f"x{j}" for j in range(d))
-    same = Normaliser(columns, (0.0,) * d, (0.0,) * d, (1.0,) * d, (-np.inf,) * d, (np.inf,) * d, (False,) * d)
-    return replace(episodes, obs=table[state], final_obs=table[final], feature_names=columns, normaliser=same,
-                   units=dict.fromkeys(columns, "1"))
+    columns = tuple(f"x{j}" for j in range(table.shape[1]))
+    return replace(episodes, obs=table[state], final_obs=table[final], feature_names=columns,
+                   normaliser=Normaliser.as_is(columns), units=dict.fromkeys(columns, "1"))

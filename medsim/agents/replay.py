@@ -139,12 +139,10 @@ def described(episodes: Episodes, table: np.ndarray, names: Sequence[str] | None
     "Episodes of the feature \"state\" with its row of `table` (S, D) as features. ValueError for other episodes."
     if episodes.feature_names != ("state",): raise ValueError("episodes: their one feature must be 'state'")
     x = np.asarray(table, np.float32)
-    d = x.shape[1]
-    names = tuple(names or (f"feature_{j}" for j in range(d)))
-    as_is = Normaliser(names, (0.0,) * d, (0.0,) * d, (1.0,) * d, (-np.inf,) * d, (np.inf,) * d, (False,) * d)
+    names = tuple(names or (f"feature_{j}" for j in range(x.shape[1])))
     state, final = episodes.obs[..., 0].astype(int), episodes.final_obs[:, 0].astype(int)
     return replace(episodes, obs=x[state], final_obs=x[final], feature_names=names, units=dict.fromkeys(names, "1"),
-                   normaliser=as_is)
+                   normaliser=Normaliser.as_is(names))
 
 # %% ../../nbs/agents/14_replay.ipynb #207d3e71
 def lesson(skill: float, n: int = 1_000, seed: int = 0) -> tuple[TabularMDP, np.ndarray, Episodes]:

@@ -82,11 +82,9 @@ class Expectation:
     @classmethod
     def scaled(cls, names: Sequence[str]) -> Self:
         "Of a network whose inputs are known by name only, and come scaled already. ValueError for a name given twice."
-        n, names = len(names), tuple(names)
+        names = tuple(names)
         if twice := sorted({x for x in names if names.count(x) > 1}): raise ValueError(f"features: twice {twice}")
-        none, zero, one = (False,) * n, (0.0,) * n, (1.0,) * n
-        as_is = Normaliser(names, zero, zero, one, (-np.inf,) * n, (np.inf,) * n, none)
-        return cls(as_is, dict.fromkeys(names, "scaled"))
+        return cls(Normaliser.as_is(names), dict.fromkeys(names, "scaled"))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -87,6 +87,13 @@ class Normaliser:
         x = np.clip(x[rows] if rows is not None else x.reshape(-1, len(names)), lows, highs)
         return cls(names, low=lows, high=highs, log=logs, **fit_moments(x, names, np.array(logs)))
 
+    @classmethod
+    def as_is(cls, names: Iterable[str]) -> "Normaliser":
+        "One that changes nothing, but for NaN, which becomes 0."
+        names = tuple(names)
+        fields = {"median": 0.0, "mean": 0.0, "sd": 1.0, "low": -np.inf, "high": np.inf, "log": False}
+        return cls(names, **{k: (x,) * len(names) for k, x in fields.items()})  # type: ignore[arg-type]
+
     def transform(self, values: np.ndarray) -> np.ndarray:
         "Physical (..., D) with NaN -> normalised (..., D) float32 without."
         x = np.clip(np.asarray(values, dtype=np.float64), self.low, self.high)

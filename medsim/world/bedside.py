@@ -101,12 +101,10 @@ def latent_episodes(model: WorldModel, episodes: Episodes) -> Episodes:
     "The same episodes with latent states as observations, (N, T, F) and (N, F)."
     rows = whole(Charts.of(episodes, without=[n for n in episodes.feature_names if n not in model.names]))
     features = states_of(model, rows).features.numpy()
-    n, wide = episodes.mask.shape[0], features.shape[-1]
-    names = tuple(f"latent_{i}" for i in range(wide))
-    as_is = Normaliser(names, *((x,) * wide for x in (0.0, 0.0, 1.0, -np.inf, np.inf, False)))
+    n, names = len(episodes.mask), tuple(f"latent_{i}" for i in range(features.shape[-1]))
     return replace(episodes, obs=np.where(episodes.mask[..., None], features[:, :-1], np.float32(0)),
                    final_obs=features[np.arange(n), episodes.mask.sum(1)], feature_names=names,
-                   units=dict.fromkeys(names, "1"), normaliser=as_is)
+                   units=dict.fromkeys(names, "1"), normaliser=Normaliser.as_is(names))
 
 # %% ../../nbs/world/10_bedside.ipynb #2cb67542
 def save_dreamer(
