@@ -56,11 +56,13 @@ def observation_windows(
     return w[w.end_h > w.start_h].sort_values("stay_id", ignore_index=True)
 
 # %% ../../nbs/data/14b_sequences.ipynb #68b8e707
-def row_times(known: Known, names: Sequence[str], windows: pd.DataFrame) -> pd.DataFrame:
+def row_times(known: Known, features: Sequence[Feature], windows: pd.DataFrame) -> pd.DataFrame:
     """The rows of all stays: DataFrame(stay_id, time_h, n), n = 0, 1, ... within the stay, sorted.
 
-    `names`: variables whose arrivals open a row; `windows`: of `observation_windows`; a row at end_h is outside.
+    What the features rest on opens a row as it arrives; `windows`: of `observation_windows`; a row at end_h is outside.
     """
+    names = sorted({v for f in features for r in f.records for v in inputs_of(r)})
+    known.read(names)
     times = [in_order_of_arrival(known.records(v), clock=known.clock)[["stay_id", "known_h"]] for v in names]
     rows = pd.concat(times).merge(windows[["stay_id", "start_h", "end_h"]], on="stay_id")
     rows["time_h"] = np.ceil(rows.known_h * 60 - 1e-6) / 60
@@ -192,8 +194,15 @@ def pieces(mask: np.ndarray, length: int, stride: int | None = None) -> np.ndarr
     return np.stack([stay, np.minimum(nth * stride, np.maximum(rows[stay] - length, 0))], axis=1)
 
 # %% ../../nbs/data/14b_sequences.ipynb #9c186858
-def observe(known: Known, features: Sequence[Feature], first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "(value, observed, age), each (M, D): values in units, NaN where not observed; age infinite before the first."
+def observe(
+    known: Known, features: Sequence[Feature], rows: pd.DataFrame
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(value, observed, age), each (M, D): values in units, NaN where not observed; age infinite before the first.
+
+    `rows` (M): stay_id, time_h, n, in order; a row sees what arrives in its minute.
+    """
+    moments = rows.rename(columns={"n": "step"}).assign(at_h=np.nextafter(rows.time_h, np.inf))
+    known, first = replace(known, moments=moments), (rows.n == 0).to_numpy()
     value = state(known, features)
     pairs = [evidence(known, f, first) for f in features]
     observed = np.stack([new for new, _ in pairs], axis=1) & np.isfinite(value)
@@ -308,13 +317,11 @@ def irregular(
     where nothing was charted.
     """
     features, windows = check_features(features), observation_windows(store, cohort, window_h)
-    names = sorted({v for f in features for r in f.records for v in inputs_of(r)})
-    reader = Known(store, windows[["stay_id"]], clock=clock, hold=False).read(names)
-    every = row_times(reader, names, windows)
+    reader = Known(store, windows[["stay_id"]], clock=clock, hold=False)
+    every = row_times(reader, features, windows)
     rows = every[every.n < (max_rows or np.inf)].merge(windows, on="stay_id")
     if rows.empty: raise ValueError(f"nothing that the features rest on was charted in the windows of {cohort.name!r}")
-    moments = rows.rename(columns={"n": "step"}).assign(at_h=np.nextafter(rows.time_h, np.inf))  # with what just came
-    seen = observe(replace(reader, moments=moments), features, (rows.n == 0).to_numpy())
+    seen = observe(reader, features, rows)
     ids = stay_table(store, windows[windows.stay_id.isin(rows.stay_id)].reset_index(drop=True), split, seed)
     how = dict(window_h=list(window_h), clock=clock, action=action, fluids=list(fluids), split=list(split), seed=seed)
     counts = dict(max_rows=max_rows, rows_cut=len(every) - len(rows), stays_without_rows=len(cohort.stays) - len(ids))

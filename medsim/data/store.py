@@ -269,7 +269,6 @@ def extract(
         stage.mkdir()
         with explaining(), duckdb.connect(stage / "work.duckdb") as con:
             con.execute(f"SET memory_limit = '{memory_gb}GB'; SET temp_directory = {quoted(stage)}")
-            con.execute("SET enable_progress_bar = false")
             if threads: con.execute(f"SET threads = {threads}")
             filled = _fill(con, source, tmp, progress)
         shutil.rmtree(stage)

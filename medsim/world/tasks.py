@@ -21,7 +21,7 @@ import pandas as pd
 from ..data.actions import ActionSpec, SepsisGrid, VentilationGrid
 from ..data.cohorts import Cohort, sepsis3, ventilation
 from ..data.features import MEDDREAMER_40, Feature, check_features
-from ..data.known import Known, inputs_of
+from ..data.known import Known
 from ..data.normaliser import Normaliser
 from ..data.rewards import RaghuReward, Reward, VentilationReward
 from medsim.data.sequences import (
@@ -181,11 +181,10 @@ def task_rows(
         windows = windows.assign(start_h=np.maximum(windows.start_h, known_h))
         windows = windows[windows.start_h < windows.end_h].reset_index(drop=True)
     reader = Known(store, windows[["stay_id"]], hold=False)
-    every = row_times(reader, sorted({v for f in features for r in f.records for v in inputs_of(r)}), windows)
+    every = row_times(reader, features, windows)
     if every.empty: raise ValueError(f"{cohort.name}: none of {len(cohort)} stays has a row; check window and features")
     rows = closed(rested(every, min_gap_h), windows)
-    moments = rows.rename(columns={"n": "step"}).assign(at_h=np.nextafter(rows.time_h, np.inf))  # with what just came
-    value, observed, age = observe(replace(reader, moments=moments), features, (rows.n == 0).to_numpy())
+    value, observed, age = observe(reader, features, rows)
     ids = stay_table(store, windows[windows.stay_id.isin(rows.stay_id)].reset_index(drop=True), split, seed)
     ids = ids.assign(died=deaths(store, ids, outcome))
     train = rows.stay_id.isin(ids.stay_id[ids.fold == "train"]).to_numpy()
