@@ -90,9 +90,7 @@ class Normaliser:
     @classmethod
     def as_is(cls, names: Iterable[str]) -> "Normaliser":
         "One that changes nothing, but for NaN, which becomes 0."
-        names = tuple(names)
-        fields = {"median": 0.0, "mean": 0.0, "sd": 1.0, "low": -np.inf, "high": np.inf, "log": False}
-        return cls(names, **{k: (x,) * len(names) for k, x in fields.items()})  # type: ignore[arg-type]
+        return cls(n := tuple(names), *((x,) * len(n) for x in (0.0, 0.0, 1.0, -np.inf, np.inf, False)))  # type: ignore[arg-type]
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         "Physical (..., D) with NaN -> normalised (..., D) float32 without."
@@ -106,10 +104,8 @@ class Normaliser:
 
     def only(self, name: str) -> "Normaliser":
         "The normaliser of one feature. Raises ValueError if there is no such feature."
-        if name not in self.names:
-            raise ValueError(f"no feature {name!r}; there are {', '.join(self.names)}")
-        j = self.names.index(name)
-        return Normaliser.from_dict({k: (v[j],) for k, v in self.__dict__.items()})
+        if name not in self.names: raise ValueError(f"no feature {name!r}; there are {', '.join(self.names)}")
+        return Normaliser.from_dict({k: (v[self.names.index(name)],) for k, v in self.__dict__.items()})
 
     def to_dict(self) -> dict[str, Any]:
         "The fields as lists, ready for JSON; it has no infinity, so a missing bound is None."
@@ -119,5 +115,4 @@ class Normaliser:
     def from_dict(cls, d: Mapping[str, Any]) -> "Normaliser":
         "The normaliser that `to_dict` described."
         none = {"low": -np.inf, "high": np.inf}
-        fields: dict[str, Any] = {k: tuple(none[k] if x is None else x for x in v) for k, v in d.items()}
-        return cls(**fields)
+        return cls(**{k: tuple(none[k] if x is None else x for x in v) for k, v in d.items()})
