@@ -114,5 +114,5 @@ class Normaliser:
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "Normaliser":
         "The normaliser that `to_dict` described."
-        none = {"low": -np.inf, "high": np.inf}
+        none: dict[str, Any] = {"low": -np.inf, "high": np.inf}
         return cls(**{k: tuple(none[k] if x is None else x for x in v) for k, v in d.items()})
