@@ -90,7 +90,7 @@ class Normaliser:
     @classmethod
     def as_is(cls, names: Iterable[str]) -> "Normaliser":
         "One that changes nothing, but for NaN, which becomes 0."
-        return cls(n := tuple(names), *((x,) * len(n) for x in (0.0, 0.0, 1.0, -np.inf, np.inf, False)))  # type: ignore[arg-type]
+        return cls(n := tuple(names), *((x,) * len(n) for x in (0.0, 0.0, 1.0, -np.inf, np.inf, False)))
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         "Physical (..., D) with NaN -> normalised (..., D) float32 without."
