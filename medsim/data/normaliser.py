@@ -60,8 +60,7 @@ def bounds(
 class Normaliser:
     """Clip, impute, log and scale D features; every field holds one entry for each feature.
 
-    Values are (..., D): physical units in `transform`, normalised in `inverse`. `fit` takes training rows only.
-    """
+    Values are (..., D): physical units in `transform`, normalised in `inverse`. `fit` takes training rows only."""
 
     names: tuple[str, ...]
     median: tuple[float, ...]  # physical units; replaces NaN
@@ -90,7 +89,8 @@ class Normaliser:
     @classmethod
     def as_is(cls, names: Iterable[str]) -> "Normaliser":
         "One that changes nothing, but for NaN, which becomes 0."
-        return cls(n := tuple(names), *((x,) * len(n) for x in (0.0, 0.0, 1.0, -np.inf, np.inf, False)))
+        names = tuple(names)
+        return cls(names, *((x,) * len(names) for x in (0.0, 0.0, 1.0, -np.inf, np.inf, False)))  # type: ignore[arg-type]
 
     def transform(self, values: np.ndarray) -> np.ndarray:
         "Physical (..., D) with NaN -> normalised (..., D) float32 without."
@@ -114,5 +114,5 @@ class Normaliser:
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "Normaliser":
         "The normaliser that `to_dict` described."
-        none: dict[str, Any] = {"low": -np.inf, "high": np.inf}
+        none: Any = {"low": -np.inf, "high": np.inf}
         return cls(**{k: tuple(none[k] if x is None else x for x in v) for k, v in d.items()})
