@@ -8,7 +8,8 @@ gradient steps of all policies a CPU second, batches drawn and slow copies moved
 at the same sizes in turns with ours, so that a busy machine slows both, and prints the median of the rounds' ratios. In
 such a run ours does what theirs does: the slow network is copied every 8,000 steps and no gradient is clipped
 (`--own`: our defaults, which follow slowly at each step and clip). Ours works the slow values of all rows out once
-after each copy; that falls into the warm-up, and is under 1 % of 8,000 steps.
+after each copy; that falls into the warm-up. Of 8,000 steps it would be 313 passes of 64 rows beside 40,000, .8 %:
+reckoned, not measured.
 """
 
 import argparse

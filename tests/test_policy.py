@@ -150,7 +150,7 @@ def wider(about: dict) -> None: about["hidden_sizes"] = [9, 8]
     (rewritten(rename), "a 'Tree' of version 2"),
     (rewritten(more, seal=True), "weights do not fit"),
     (rewritten(wider, seal=True), "weights do not fit"),
-    (lambda path: (path / "config.json").write_text("[1]"), "not a policy that this medsim reads"),
+    (lambda path: (path / "config.json").write_text("[1]"), "what can be read here is"),
 ], ids=[
     "cut weights", "no weights", "cut config", "other weight", "reordered", "other unit", "unnamed",
     "unnamed and sealed", "no unit and sealed", "other kind", "more policies", "wider", "a list",

@@ -290,8 +290,8 @@ def read_sealed(path: Path, kinds: Collection[str] = KINDS) -> tuple[dict[str, A
     except ValueError as error: raise ValueError(f"{path.name}: config.json is torn: {error}") from None
     if not isinstance(about, dict) or (about.get("kind"), about.get("version")) not in [(k, 2) for k in kinds]:
         kind, version = (about.get("kind"), about.get("version")) if isinstance(about, dict) else (None, None)
-        raise ValueError(f"{path.name}: a {kind!r} of version {version}, not a policy that this medsim reads; networks "
-                         "from elsewhere are read by load_network")
+        raise ValueError(f"{path.name}: a {kind!r} of version {version}; what can be read here is {', '.join(kinds)}, "
+                         "version 2; networks from elsewhere are read by load_network")
     weights = (path / "model.safetensors").read_bytes()
     seal = about.pop("sha256", {})
     for name, right in seal_of(about, weights).items():
