@@ -68,13 +68,14 @@ def curve():
 
 def wide():
     figure, axes = plt.subplots(1, 4, figsize=(14, 3))
-    for ax in axes: ax.plot(np.random.default_rng(0).normal(size=3000), ".")
+    for ax in axes: ax.plot(np.random.default_rng(0).normal(size=1500), ".")
     return figure
 
 
 def example() -> Report:
     "What strains a page: long words, a table of 60 rows and 14 columns, a figure wider than any phone."
-    page = Report("A page with everything", "Made up", facts={"data": "none", "a long name " * 5: "/".join(["x" * 30] * 6)})
+    facts = {"data": "none", "a long name " * 5: "/".join(["x" * 30] * 6)}
+    page = Report("A page with everything", "Made up", facts=facts)
     page.say("Before the first section, with `code_" + "x" * 200 + "`.")
     page.section("First & <foremost>")
     page.say("**Bold**, a [link](https://example.org/?a=1&b=2).\n\n" + "W" * 300)
@@ -99,7 +100,12 @@ plain = st.text(max_size=200).filter(lambda t: t.strip() and not MARK.search(t))
 
 
 def as_shown(text: str) -> str:
-    return UNPRINTABLE.sub("\ufffd", text.strip().replace("\r\n", "\n").replace("\r", "\n"))
+    return UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def letters(text: str) -> str:
+    "Without white space and control characters, which paragraphs lose at their ends."
+    return "".join(as_shown(text).replace("\ufffd", "").split())
 
 
 @given(plain)
@@ -108,12 +114,12 @@ def test_any_text_survives_everywhere(text: str):
     report.say("a" + text)
     report.warn(text + "a")
     report.table(pd.DataFrame({"c": ["x" + text]}, index=[text]), text)
-    read, shown = Page(report.html), as_shown(text)
+    read, shown = Page(report.html), as_shown(text.strip())
     assert read.of("title")[0] == read.of("h1")[0] == shown
     assert read.of("caption")[-1] == f"Table 1. {shown}"
-    assert as_shown(read.of("td")[-1]) == as_shown("x" + text)
-    words = "".join(f"a{text}{text}a".replace("\r", "\n").split())
-    assert "".join("".join(read.of("p")[2:4]).replace("Caution.", "").split()) == UNPRINTABLE.sub("\ufffd", words)
+    assert read.of("td")[-1] == as_shown("x" + text) and read.of("th")[-1] == as_shown(text)
+    paragraphs = "".join(read.of("p")[2:-1])  # after the notice and the lead, before the footer
+    assert letters(paragraphs) == letters(f"a{text}Caution.{text}a")
 
 
 @given(st.text(min_size=1, max_size=50).filter(lambda t: t.strip()))
@@ -121,8 +127,8 @@ def test_marks_only_wrap(text: str):
     report = Report("t")
     report.say(f"`{text.replace('`', '')}x`")
     read = Page(report.html)
-    assert {t for t, _ in read.tags} <= {"code", "p", "html", "head", "meta", "title", "link", "style", "body", "header",
-                                         "a", "h1", "main", "footer"}
+    frame = {t for t, _ in Page(Report("t").html).tags}
+    assert {t for t, _ in read.tags} == frame | {"code"}
     assert read.values("href") == ["data:,", "#page:main", "#page:top"]
 
 
@@ -135,11 +141,11 @@ def test_marks():
     assert read.of("p")[1:3] == ["a b c d e [h](http://i.org) ** **j**", "k\nl"]
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(1, 8))
+@given(st.floats(-1e300, 1e300, allow_subnormal=False), st.integers(1, 8))
 def test_numbers_keep_their_digits(x: float, digits: int):
     said = number(x, digits)
     back = float(said.replace("−", "-").replace(",", ""))
-    assert back == 0 if x == 0 else abs(back - x) <= 0.501 * 10.0 ** (np.floor(np.log10(abs(x))) + 1 - digits) + 5e-324
+    assert back == 0 if x == 0 else abs(back - x) <= 0.501 * 10.0 ** (np.floor(np.log10(abs(x))) + 1 - digits)
     if "e" not in said and x: assert len(re.sub(r"[−,.]", "", said).lstrip("0")) >= digits
 
 
@@ -192,19 +198,18 @@ def test_loads_nothing(page: str):
         kind, data = image.split(";base64,")
         if kind.endswith("svg+xml"):
             drawing = b64decode(data).decode()
-            assert not re.search(r"<!|<script|<image|@font-face|href=\"(?!#)", drawing)
+            assert not re.search(r"<!DOCTYPE|<!ENTITY|<script|<image|@font-face|href=\"(?!#)", drawing)
     assert "default-src 'none'" in page
 
 
 def test_table_cells():
     report = Report("t")
-    table = pd.DataFrame({"n": [12, "<10", None], "x": [0.5, np.nan, -1234.5], "ok": [True, False, None]},
+    table = pd.DataFrame({"n": [12, "<10", None], "x": [0.5, np.nan, -1234.6], "ok": [True, False, None]},
                          index=pd.MultiIndex.from_tuples([("a", 1), ("a", 2), ("b", 1)], names=["who", "when"]))
-    report.table(table, "c", digits=2)
+    report.table(table.astype({"x": float}), "c", digits=2)
     report.table(table.reset_index(drop=True).iloc[:0], "empty")
     read = Page(report.html)
-    assert read.of("td")[:9] == ["12", "0.50", "yes", "<10", "–", "no", "–", "−1234", "–"] or read.of("td")[:9] == [
-        "12", "0.50", "yes", "<10", "–", "no", "–", "−1235", "–"]
+    assert read.of("td")[:9] == ["12", "0.50", "yes", "<10", "–", "no", "–", "−1235", "–"]
     heads = [(text, a["scope"]) for (t, text), a in zip(
         [x for x in read.texts if x[0] == "th"], [a for t, a in read.tags if t == "th"], strict=True)]
     assert heads[:5] == [("who", "col"), ("when", "col"), ("n", "col"), ("x", "col"), ("ok", "col")]
@@ -231,12 +236,8 @@ def test_saved_at_once_and_never_unasked(tmp_path: Path):
     assert path.read_text(encoding="utf-8") == report.html and [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_twenty_figures_stay_small():
-    report = Report("t")
-    for _ in range(10):
-        report.figure(curve, "A curve", "Values (made up)")
-        report.figure(wide, "Four clouds", "Values (made up)")
-    assert len(report.html) < 4_000_000
+def test_twenty_figures_stay_small(page: str):
+    assert 10 * len(page) < 4_000_000, "ten times a page with a curve and a cloud of 6,000 points"
 
 
 # ---- figures
@@ -281,14 +282,13 @@ def test_style_starts_afresh():
     (lambda r: r.figure(curve, "", "c"), "alternative text: is empty"),
     (lambda r: r.figure(curve, "a", ""), "caption: is empty"),
     (lambda r: r.figure(lambda: curve().axes[0], "a", "c"), "returned Axes"),
-    (lambda r: r.figure(lambda one=[]: one.append(curve()) or one[0], "a", "c") or r.figure(None, "a", "c"), ""),
 ])
 def test_refusals_leave_the_page_alone(call, says: str):
     report = Report("t")
     report.section("Two words")
     before = report.html
-    with pytest.raises((ValueError, TypeError), match=says): call(report)
-    if says: assert report.html == before
+    with pytest.raises(ValueError, match=says): call(report)
+    assert report.html == before
 
 
 def test_one_figure_twice_is_refused():
@@ -319,8 +319,7 @@ def asked(text: str, width: int, dark: bool, folder: Path) -> tuple[dict, list[s
     """
     outer = (f'<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark"><pre></pre>'
              f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(text)}"></iframe>'
-             f"<script>addEventListener('load', async () => {{ const d = document.querySelector('iframe')"
-             f".contentDocument; await Promise.all([...d.images].map(i => i.decode())); {ASK} }})</script>")
+             f"<script>addEventListener('load', () => {{ {ASK} }})</script>")
     (folder / "outer.html").write_text(outer, encoding="utf-8")
     switches = ("--headless --no-sandbox --disable-gpu --hide-scrollbars --disable-background-networking "
                 "--disable-component-update --disable-sync --no-first-run --enable-logging=stderr "
@@ -350,7 +349,8 @@ def test_in_a_browser(page: str, width: int, dark: bool, tmp_path: Path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_the_browser_test_can_fail(page: str, tmp_path: Path):
-    broken = page.replace("<main", '<img src="https://example.invalid/x.png" alt="x"><div style="width:2000px">x</div><main')
-    said, console = asked(broken.replace("i.decode()", ""), 390, False, tmp_path) if False else (None, None)
-    assert said is None and console is None
+def test_a_browser_refuses_what_would_be_loaded(page: str, tmp_path: Path):
+    stray = '<img src="https://example.invalid/x.png"><script>alert(1)</script><p style="width:2000px">x</p>'
+    said, console = asked(page.replace("</main>", stray + "</main>"), 390, False, tmp_path)
+    assert len(console) == 2 and all("Content Security Policy" in line for line in console)
+    assert said["images"][-1][1] == 0 and said["scroll"] > said["inner"]

@@ -33,7 +33,7 @@ def escape(text: str) -> str:
     return html.escape(clean, quote=True)
 
 # %% ../../nbs/bench/05_report.ipynb #b8af7dce
-MARK = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|\[([^\[\]]+)\]\((https://[^\s()<>\"']+)\)", re.S)
+MARK = re.compile(r"`([^`]+)`|\*\*(?=\S)(.+?)(?<=\S)\*\*|\[([^\[\]]+)\]\((https://[^\s()<>\"']+)\)", re.S)
 
 
 def inline(text: str) -> str:
