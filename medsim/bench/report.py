@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNPRINTABLE', 'MARK', 'TEXT_CSS', 'BLOCK_CSS', 'NOTICE', 'POLICY', 'escape', 'inline', 'written', 'paragraphs',
            'anchor', 'number', 'counts', 'missing', 'cells', 'row', 'table_html', 'figure_html', 'css', 'facts_html',
-           'contents_html', 'page_html', 'Report']
+           'contents_html', 'page_html', 'Story', 'Report']
 
 # %% ../../nbs/bench/05_report.ipynb #1659ca3b
 import html
@@ -142,10 +142,13 @@ def figure_html(light: Picture, dark: Picture, alt: str, caption: str, name: str
     "A figure with two pictures, alternative text and a caption (HTML)."
     least = 6 * light.width // 10
     box = f' role="region" tabindex="0" aria-labelledby="{name}"' if least > 350 else ""
-    return (f'<figure>\n<div class="box"{box}>\n<picture>\n'
-            f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark.uri}">\n'
-            f'<img src="{light.uri}" width="{light.width}" height="{light.height}" style="min-width:{least}px" '
-            f'alt="{escape(alt)}">\n</picture>\n</div>\n<figcaption id="{name}">{caption}</figcaption>\n</figure>')
+    images = "\n".join(
+        f'<img class="{scheme}" src="{p.uri}" width="{p.width}" height="{p.height}" style="min-width:{least}px" '
+        f'alt="{escape(alt)}">' for scheme, p in (("light", light), ("dark", dark)))
+    below = f'<figcaption id="{name}">{caption}</figcaption>'
+    return f'<figure>\n<div class="box"{box}>\n{images}\n</div>\n{below}\n</figure>'
+
+
 
 # %% ../../nbs/bench/05_report.ipynb #31ba5625
 TEXT_CSS = """
@@ -188,6 +191,7 @@ BLOCK_CSS = """
 figure { margin: 2.2rem 0; }
 .box { max-width: 100%; overflow: auto; }
 img { display: block; max-width: 100%; height: auto; }
+img.dark { display: none; }
 figcaption, caption { color: var(--muted); font-size: .9rem; line-height: 1.5; }
 figcaption { margin-top: .7rem; }
 figcaption b, caption b { color: var(--ink); font-weight: 600; }
@@ -238,9 +242,10 @@ tbody .n { white-space: nowrap; }
 
 def css() -> str:
     "The style sheet: light for screen and paper, dark where the reader's screen is."
+    night = f":root {{ {DARK.css} }} img.dark {{ display: block; }} img.light {{ display: none; }}"
     return (f":root {{ color-scheme: light dark; {LIGHT.css} }}\n"
-            f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {DARK.css} }} }}\n"
-            f"@media print {{ :root {{ color-scheme: light; }} }}{TEXT_CSS}{BLOCK_CSS.lstrip()}")
+            f"@media print {{ :root {{ color-scheme: light; }} }}{TEXT_CSS}{BLOCK_CSS.lstrip()}"
+            f"@media screen and (prefers-color-scheme: dark) {{ {night} }}\n")
 
 # %% ../../nbs/bench/05_report.ipynb #740f2653
 NOTICE = "Research only: nothing here is advice for the treatment of a patient."
@@ -276,11 +281,8 @@ def page_html(title: str, subtitle: str, facts: Mapping[str, Any], sections: Map
     )
 
 # %% ../../nbs/bench/05_report.ipynb #dd86e73a
-class Report:
-    """One self-contained HTML page, filled in reading order: sections, text, warnings, tables, figures.
-
-    Texts take the marks of `inline`, tables none. Nothing is hidden: small counts are the caller's care (`counts`).
-    """
+class Story:
+    "The text of a page: what `Report` says between its tables and figures."
 
     def __init__(self, title: str, subtitle: str = "", *, facts: Mapping[str, Any] | None = None) -> None:
         "`facts`: what a reader must know first (data, scale, seed, version), a name and a value each."
@@ -307,6 +309,13 @@ class Report:
         "What must not be overlooked: a flag, missing data, few patients."
         said = "<br>".join(paragraphs(written("warn", text)))
         self.pieces.append(f'<p class="warn" role="note"><b>Caution.</b> {said}</p>')
+
+# %% ../../nbs/bench/05_report.ipynb #77cbe18d
+class Report(Story):
+    """One self-contained HTML page, filled in reading order: sections, text, warnings, tables, figures.
+
+    Texts take the marks of `inline`, tables none. Nothing is hidden: small counts are the caller's care (`counts`).
+    """
 
     def table(self, table: pd.DataFrame, caption: str, digits: int = 3) -> None:
         "A table, numbers to `digits` significant digits; the index is shown unless it only counts. ValueError if none."
