@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from medsim.bench.report import MARK, NOTICE, UNPRINTABLE, Report, counts, number, style
 from medsim.bench.style import DARK, LIGHT, drawn
 from medsim.core.paths import OutputExists
+from medsim.data.cohorts import draw_flow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 VOID = {"meta", "link", "img", "source", "br"}
@@ -260,6 +261,14 @@ def test_dark_figures_are_legible():
     assert level.get_color() == (*plt.matplotlib.colors.to_rgb(DARK.ink), 1) and line.get_color() == DARK.cycle[0]
     light = drawn(curve, dark=False)[0].axes[0].lines
     assert light[1].get_color() == "black" and light[0].get_color() == LIGHT.cycle[0]
+
+
+def test_a_flow_chart_is_legible_in_the_dark():
+    flow = pd.DataFrame({"step": ["stays", "adults"], "excluded": [0, 20], "left": [120, 100]})
+    made = drawn(lambda: draw_flow(flow, "cohort").figure, dark=True)[0]
+    boxed = [t for t in made.axes[0].texts if t.get_bbox_patch()]
+    assert boxed and all(t.get_color() == DARK.ink for t in boxed)
+    assert {t.get_bbox_patch().get_facecolor()[:3] for t in boxed} == {plt.matplotlib.colors.to_rgb(DARK.paper)}
 
 
 def test_style_starts_afresh():

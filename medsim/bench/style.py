@@ -80,16 +80,18 @@ def reinked(rgba: np.ndarray, s: Scheme) -> np.ndarray:
 
 
 def reink(figure: Any, s: Scheme = DARK) -> None:
-    "Swap black and white of a figure's lines, patches and collections, except what a colour map coloured."
+    "Swap black and white of a figure's lines, patches, boxes of text and collections, except what was colour mapped."
     from matplotlib.collections import Collection
     from matplotlib.colors import to_rgba_array
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+    from matplotlib.text import Text
 
     parts = {Line2D: ("color", "markerfacecolor", "markeredgecolor"), Patch: ("facecolor", "edgecolor"),
              Collection: ("facecolor", "edgecolor")}
+    boxes = [box for text in figure.findobj(Text) if (box := text.get_bbox_patch())]  # findobj does not find them
     for kind, names in parts.items():
-        for artist in figure.findobj(kind):
+        for artist in [*figure.findobj(kind), *(boxes if kind is Patch else [])]:
             if kind is Collection and artist.get_array() is not None: continue
             for name in names:
                 old = to_rgba_array(getattr(artist, f"get_{name}")())
