@@ -9,7 +9,6 @@ __all__ = ['FOLDERS', 'INJECTED', 'PATIENCE_S', 'notebooks_folder', 'shipped', '
 # %% ../../nbs/bench/06_notebooks.ipynb #7ebdbc41
 import ast
 import asyncio
-import builtins
 import math
 import os
 import re
@@ -32,6 +31,7 @@ from nbformat import NotebookNode
 from tqdm.auto import tqdm
 
 from ..core.paths import OutputExists, atomic_folder, write_text_atomic
+from ..data.tables import SourceError
 
 # %% ../../nbs/bench/06_notebooks.ipynb #1c632980
 FOLDERS = ("tutorials", "experiments")
@@ -97,8 +97,10 @@ INJECTED = "injected-parameters"  # the tag that papermill gives such cells
 def assigned(source: str) -> list[str]:
     "Names that a cell assigns at its top level."
     found: list[str] = []
+    targets: list[ast.expr]
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if isinstance(node, ast.AnnAssign): targets = [node.target]
+        else: targets = node.targets if isinstance(node, ast.Assign) else []
         found += [t.id for t in targets if isinstance(t, ast.Name)]
     return found
 
@@ -114,7 +116,7 @@ def written(name: str, value: Any) -> str:
 def with_parameters(notebook: NotebookNode, parameters: Mapping[str, Any]) -> NotebookNode:
     """Put a cell that assigns `parameters` after the parameters cell, in place of one that an earlier run put there.
 
-    ValueError for a notebook without a parameters cell, a name that it does not assign, or a value that cannot be written.
+    ValueError for a notebook without a parameters cell, an unknown name, or a value that cannot be written.
     """
     notebook.cells = [c for c in notebook.cells if INJECTED not in c.metadata.get("tags", [])]
     if not parameters: return notebook
@@ -150,7 +152,7 @@ class NotebookFailed(ValueError):
     @property
     def mendable(self) -> bool:
         "Whether input, files or a package that is lacking are at fault, rather than code."
-        return self.error in _kinds(ValueError, OSError, builtins.ImportError)
+        return self.error in _kinds(SourceError, ValueError, OSError, ImportError)
 
 # %% ../../nbs/bench/06_notebooks.ipynb #dd80e5c8
 def kernel(folder: Path) -> AsyncKernelManager:
@@ -167,16 +169,16 @@ PATIENCE_S = 10.0
 async def _interrupt(client: NotebookClient, stop: threading.Event) -> None:
     "Wait for `stop`; then interrupt the kernel, and end it if it goes on all the same."
     while not stop.is_set(): await asyncio.sleep(0.1)
-    manager = client.km
-    assert manager is not None
-    if manager.has_kernel:
+    manager: Any = client.km
+    if manager is not None and manager.has_kernel:
         await manager.interrupt_kernel()
         await asyncio.sleep(PATIENCE_S)
         await manager.shutdown_kernel(now=True)
 
 # %% ../../nbs/bench/06_notebooks.ipynb #e29d1b00
 async def _execute(
-    client: NotebookClient, keep: Callable[[], None], stop: threading.Event, progress: bool, environment: Mapping[str, str]
+    client: NotebookClient, keep: Callable[[], None], stop: threading.Event, progress: bool,
+    environment: Mapping[str, str],
 ) -> None:
     "Run the cells of the client's notebook, `keep` it after each stage, and end the kernel. NotebookFailed."
     watch = asyncio.create_task(_interrupt(client, stop))
@@ -231,12 +233,13 @@ def _blank(path: Path, parameters: Mapping[str, Any]) -> NotebookNode:
 
 # %% ../../nbs/bench/06_notebooks.ipynb #6cbf89cc
 def run_notebook(
-    path: str | Path, out: str | Path, *, parameters: Mapping[str, Any] = {}, environment: Mapping[str, str] = {},  # noqa: B006
+    path: str | Path, out: str | Path, *,
+    parameters: Mapping[str, Any] = {}, environment: Mapping[str, str] = {},  # noqa: B006
     progress: bool = True,
 ) -> Path:
     """Execute the notebook `path` in a fresh kernel of this interpreter and write it, executed, to `out`; return `out`.
 
-    `parameters` are assigned after the cell that begins with `# Parameters`; `environment` is added to that of the kernel,
+    `parameters` are assigned after the cell that begins with `# Parameters`; `environment` is added to the kernel's,
     which works in the caller's current folder. `out` is written as far as it came when a cell fails (NotebookFailed)
     or Ctrl-C is pressed (KeyboardInterrupt, once the kernel has ended). OutputExists unless `out` is free or left by an
     unfinished run of the same notebook; ValueError as in `with_parameters`. A cell may take as long as it takes.
@@ -252,7 +255,8 @@ def run_notebook(
     try:
         with TemporaryDirectory(prefix="medsim-") as folder, ThreadPoolExecutor(1) as pool:
             client = NotebookClient(notebook, kernel(Path(folder)), timeout=None, startup_timeout=600)
-            run = pool.submit(asyncio.run, _execute(client, keep, stop, progress, {"IPYTHONDIR": folder, **environment}))
+            settings = {"IPYTHONDIR": folder, **environment}
+            run = pool.submit(asyncio.run, _execute(client, keep, stop, progress, settings))
             try: _waited(run)
             except KeyboardInterrupt:
                 stop.set()
