@@ -98,6 +98,11 @@ def test_version_and_module():
     assert (done.returncode, done.stdout) == (0, f"medsim {medsim.__version__}\n")
 
 
+def test_a_listener_that_leaves_is_no_error():
+    said = subprocess.run(f"{sys.executable} -m medsim --help | true", shell=True, capture_output=True, text=True)
+    assert said.stderr == ""
+
+
 @pytest.mark.parametrize("argv", [
     ("fly",), ("extract", "a"), ("run", "x", "--scale", "huge"), ("audit", "--step-h", "x")])
 def test_arguments_that_are_none(argv, capsys, here):

@@ -99,13 +99,13 @@ class Quickstart:
     stopped: ClassVar[str] = "the same command goes on where it stopped"
 
     def run(self) -> None:
-        from medsim.bench.notebooks import notebooks_folder, run_notebook
+        from medsim.bench.notebooks import find_notebook, run_notebook
         from medsim.data.sources import open_source
 
         source = open_source(self.data or demo_or_sample("mimic-iv-demo")[0])
         asked = {"medsim": medsim.__version__, "data": self.data and self.data.resolve().name,
                  "data_mark": data_mark(source), "scale": self.scale}
-        notebook = notebooks_folder() / "tutorials" / "01_quickstart.ipynb"
+        notebook = find_notebook("tutorials/01_quickstart")
         if goes_on(self.out, asked): print(f"going on with the run in {self.out}")
         _note(self.out, asked, False)
         print(f"{source}\nnotebook: {self.out / 'quickstart.ipynb'}, written as it runs")
@@ -293,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nmedsim: stopped; {command.stopped}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `medsim ... | head`: who listened has heard enough, and nothing can be said any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:
         print(f"medsim: {sentence(e)}", file=sys.stderr)
         return 2 if getattr(e, "mendable", True) else 1
