@@ -291,7 +291,8 @@ def test_the_kernel_is_this_interpreter_and_leaves_nothing(tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_ctrl_c_ends_the_kernel_keeps_what_ran_and_can_be_repeated(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_kernel_keeps_what_ran_and_can_be_repeated(sent, tmp_path, monkeypatch):
     long = "import pathlib, time\npathlib.Path('asleep').touch()\ntry: time.sleep(SECONDS)\n" \
            "finally: pathlib.Path('put-away').touch()"
     written(tmp_path / "long.ipynb", "# Parameters\nSECONDS = 600", "print('ran')", "## Sleep", long,
@@ -302,7 +303,7 @@ def test_ctrl_c_ends_the_kernel_keeps_what_ran_and_can_be_repeated(tmp_path, mon
     while not (tmp_path / "asleep").exists() and time.monotonic() < until: time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130 and said.endswith("medsim: stopped; the same command goes on where it stopped\n")
     assert "Traceback" not in said and not any(c.is_running() for c in children)

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -283,7 +284,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: something that the user can mend, said in one line. 130: Ctrl-C. 1: a notebook has a mistake in its
     code; other mistakes are raised.
     """
-    argv, command = sys.argv[1:] if argv is None else argv, Quickstart
+    command: Any = Quickstart
+    if argv is None:  # a process of its own: what a scheduler sends before it kills is heard as Ctrl-C
+        argv = sys.argv[1:]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if [*argv] == ["--version"]: print(f"medsim {medsim.__version__}")
         else:
