@@ -1,4 +1,7 @@
-"""Build pages of all notebooks, as they are, into _docs/: pip install -e ".[docs]" and python .ci/docs.py; no network."""
+"""Build pages of all notebooks, as they are, into _docs/, without a network.
+
+In an environment of its own: pip install -e ".[docs]", then python .ci/docs.py.
+"""
 import json
 import re
 import subprocess
@@ -21,6 +24,7 @@ def page(path: Path, first: dict[str, str]) -> str:
         elif path.parent.name == "nbs":
             text = re.sub(r"\]\(nbs/(\w+)\)", lambda m: f"]({first[m[1]]}.ipynb)", text).replace("](nbs/", "](")
         cell["source"] = text
+    nb["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "python3"}
     nb["cells"] = [c for c in nb["cells"] if c["source"].strip()]
     return json.dumps(nb)
 
