@@ -13,6 +13,18 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 PARTS = ("tutorials", "experiments", "core", "data", "sim", "envs", "agents", "world", "ope", "bench")
 
+MATHML = """from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
+def shown(display):
+    def visit(self, node):
+        self.body.append(convert(node.astext(), display=display))
+        raise SkipNode
+    return visit, None
+
+def setup(app): app.add_html_math_renderer("mathml", shown("inline"), shown("block"))
+"""  # formulas as part of the page; the usual renderer would fetch a script from elsewhere
+
 
 def page(path: Path, first: dict[str, str]) -> str:
     "A notebook without nbdev's directives; links of the index lead to pages, those to a folder to its first page."
@@ -36,7 +48,7 @@ def main() -> None:
     config = {
         "title": about["title"], "author": about["author"], "copyright": "2026", "only_build_toc_files": True,
         "execute": {"execute_notebooks": "off"}, "html": {"home_page_in_navbar": True},
-        "sphinx": {"config": {"suppress_warnings": ["myst.header", "mystnb.unknown_mime_type"]}},
+        "sphinx": {"local_extensions": {"mathml": "."}, "config": {"html_math_renderer": "mathml"}},
     }
     files = {part: sorted((ROOT / "nbs" / part).glob("*.ipynb")) for part in PARTS}
     names = {part: [f"{part}/{p.stem}" for p in found] for part, found in files.items()}
@@ -49,6 +61,7 @@ def main() -> None:
             to = source / path.relative_to(ROOT / "nbs")
             to.parent.mkdir(exist_ok=True)
             to.write_text(page(path, first), encoding="utf-8")
+        (source / "mathml.py").write_text(MATHML)
         (source / "_config.yml").write_text(json.dumps(config))  # JSON is YAML
         (source / "_toc.yml").write_text(json.dumps(toc))
         book = "from jupyter_book.cli.main import main; main()"
