@@ -299,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `medsim ... | head`: who listened has heard enough, and nothing can be said any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
+        if isinstance(e, ImportError) and "pip install" not in str(e): raise  # not an extra that is lacking
         print(f"medsim: {sentence(e)}", file=sys.stderr)
         return 2 if getattr(e, "mendable", True) else 1
     return 0
