@@ -16,6 +16,14 @@ extras = {
     if key.endswith("_requirements")
 }
 
+# Folders of the checkout that an installed package holds under a name of its own; they have no code. Of the notebooks'
+# folders the notebooks alone: runs/ beside them may hold what came of patients' records.
+shipped = {
+    f"{c['lib_name']}.notebooks.tutorials": ("nbs/tutorials", ["*.ipynb"]),
+    f"{c['lib_name']}.notebooks.experiments": ("nbs/experiments", ["*.ipynb"]),
+    f"{c['lib_name']}.samples": ("data_samples", ["*", "*/*"]),
+}
+
 setup(
     name=c["lib_name"],
     version=c["version"],
@@ -25,10 +33,17 @@ setup(
     author=c["author"],
     license="Apache-2.0",
     python_requires=f">={c['min_python']}",
-    packages=find_packages(include=[c["lib_name"], f"{c['lib_name']}.*"]),
+    packages=[*find_packages(include=[c["lib_name"], f"{c['lib_name']}.*"]), *shipped],
+    package_dir={package: folder for package, (folder, _) in shipped.items()},
     install_requires=c["requirements"].split(),
     extras_require=extras,
-    entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
-    package_data={c["lib_name"]: ["py.typed", "data/*.csv", "envs/septic/*"]},
+    entry_points={
+        "nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"],
+        "console_scripts": c["console_scripts"].split(),
+    },
+    package_data={
+        c["lib_name"]: ["py.typed", "data/*.csv", "envs/septic/*"],
+        **{package: patterns for package, (_, patterns) in shipped.items()},
+    },
     zip_safe=False,
 )

@@ -42,9 +42,9 @@ def python(code: str, *arguments: str, cwd: Path = ROOT, timeout: float = 300) -
 def copy(tmp_path: Path) -> Path:
     "A copy of what is exported and built, so that no test touches the checkout."
     junk = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "runs", ".*cache")
-    for folder in ("nbs", "medsim"):
+    for folder in ("nbs", "medsim", "data_samples"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=junk)
-    for file in ("settings.ini", "setup.py", "README.md", "LICENSE"):
+    for file in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)
     return tmp_path
 
@@ -82,7 +82,7 @@ def test_exported_modules_are_in_sync(copy: Path):
 
 
 def test_every_module_comes_from_a_notebook():
-    by_hand = {"__init__.py", "_modidx.py"}
+    by_hand = {"__init__.py", "__main__.py", "_modidx.py"}
     files = [p for p in (ROOT / "medsim").rglob("*.py") if p.name not in by_hand]
     orphans = [name(p) for p in files if GENERATED not in p.read_text()]
     assert not orphans, f"written by hand: {orphans}"
@@ -182,11 +182,28 @@ def test_every_module_imports_without_notebook_tools():
     assert loaded.split("LOADED")[1].strip() == ""
 
 
-def test_wheel_holds_every_module_and_table(copy: Path):
-    pip = "-m pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir wheel"
-    run(sys.executable, *pip.split(), cwd=copy)
-    (wheel,) = (copy / "wheel").glob("*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    wanted = [p for p in (ROOT / "medsim").rglob("*") if p.suffix in {".py", ".csv"}]
-    missing = sorted({name(p) for p in wanted} - inside)
+def wheel_files(project: Path, out: Path) -> dict[str, int]:
+    "Files of the wheel of a project, with their checksums, but for what tells of the wheel itself."
+    pip = "-m pip wheel --no-deps --no-build-isolation --quiet --wheel-dir"
+    run(sys.executable, *pip.split(), str(out), str(project), cwd=out.parent)
+    (wheel,) = out.glob("*.whl")
+    return {i.filename: i.CRC for i in zipfile.ZipFile(wheel).infolist() if not i.filename.endswith("RECORD")}
+
+
+def test_wheel_and_sdist_hold_modules_tables_notebooks_and_sample(copy: Path, tmp_path: Path):
+    private = copy / "nbs/tutorials/runs"
+    private.mkdir()
+    (private / "episodes.ipynb").write_text("of patients")
+    make = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    python(make, str(tmp_path / "sdist"), cwd=copy)
+    inside = wheel_files(copy, tmp_path / "wheel")
+    wanted = {name(p) for p in (ROOT / "medsim").rglob("*") if p.suffix in {".py", ".csv"}}
+    wanted |= {f"medsim/notebooks/{f}/{p.name}" for f in ("tutorials", "experiments")
+               for p in (ROOT / "nbs" / f).glob("*.ipynb")}
+    sample = [p for p in (ROOT / "data_samples").rglob("*") if p.is_file()]
+    wanted |= {f"medsim/samples/{p.relative_to(ROOT / 'data_samples').as_posix()}" for p in sample}
+    missing = sorted(wanted - inside.keys())
     assert "medsim/py.typed" in inside and not missing, f"not in the wheel: {missing}"
+    assert not [f for f in inside if "runs" in f]
+    (sdist,) = (tmp_path / "sdist").glob("*.tar.gz")
+    assert wheel_files(sdist, tmp_path / "again") == inside, "the sdist builds another wheel"

@@ -21,7 +21,6 @@ from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..agents import tabular
 from ..agents.behaviour import Behaviour, Frequencies, Logistic, Model, held_out
 from ..core.seeding import spawn
 from ..data.episodes import Episodes
@@ -146,7 +145,10 @@ def tabulated(
     found = as_states(episodes, n_states, seed=seed, folds=("train",))
     mdp = found.mdp(threshold)
     if solver is None: best = mdp.value_iteration()[1].astype(float)
-    else: best = tabular.train(mdp, solver, episodes=20_000, seed=seed, checkpoints=1, progress=False, n_jobs=1).policy
+    else:
+        from medsim.agents import tabular  # needs the extra "tabular"
+
+        best = tabular.train(mdp, solver, episodes=20_000, seed=seed, checkpoints=1, progress=False, n_jobs=1).policy
     table = clone.probs(torch.as_tensor(found.centroids).float()).double().numpy().copy()
     assert mdp.labels is not None
     table[mdp.labels[mdp.live]] = best[mdp.live][:, swap_ids(np.arange(mdp.n_actions))]
@@ -210,7 +212,7 @@ class Pipeline:
         if self.agent == "clone": return clone
         if self.agent == "one step": return OneStep(train, clone)
         if self.agent == "value iteration": return tabulated(train, clone, seed=self.seed)
-        if isinstance(self.agent, tabular.Config): return tabulated(train, clone, self.agent, seed=self.seed)
+        if not isinstance(self.agent, tuple): return tabulated(train, clone, self.agent, seed=self.seed)
         study, config = self.agent
         learned: Learned = study(with_validation(train), config, seed=self.seed, progress=False).policy
         return learned
