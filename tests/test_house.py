@@ -96,10 +96,10 @@ def test_readme_is_made_from_the_index(tmp_path: Path):
     assert made == here, "README.md is stale, run: python .ci/readme.py"
 
 
-def test_readme_states_the_one_test_command():
+def test_readme_states_the_two_commands():
     script = (ROOT / ".ci/run").read_text()
     lines = re.findall(r"^pip install .*$", (ROOT / "README.md").read_text(), re.M)
-    assert lines == ['pip install -e ".[dev]" && pytest']
+    assert lines == ["pip install . && medsim quickstart", 'pip install -e ".[dev]" && pytest']
     assert "README.md" in script and "pytest" not in script, ".ci/run takes the command from README.md"
 
 
