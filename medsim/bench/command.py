@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 import medsim
-from ..core.paths import OutputExists, demo_or_sample, write_text_atomic
+from ..core.paths import OutputExists, sample_folder, write_text_atomic
 from ..core.scale import Scale, scale
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ class Quickstart:
       medsim quickstart
       medsim quickstart --data mimic-iv-demo --out runs/demo --scale paper
 
-    Without --data: the demo in $MEDSIM_DATA, or else the synthetic sample that comes with medsim. A run that was
-    stopped goes on with the same command.
+    Without --data: the synthetic sample that comes with medsim. A run that was stopped goes on with the same command.
     """
 
     data: Annotated[Path | None, folder_option("Folder of records: MIMIC-III, MIMIC-IV, eICU, MEDS, ...")] = None
@@ -103,7 +102,7 @@ class Quickstart:
         from medsim.bench.notebooks import find_notebook, run_notebook
         from medsim.data.sources import open_source
 
-        source = open_source(self.data or demo_or_sample("mimic-iv-demo")[0])
+        source = open_source(self.data or sample_folder())
         asked = {"medsim": medsim.__version__, "data": self.data and self.data.resolve().name,
                  "data_mark": data_mark(source), "scale": self.scale}
         notebook = find_notebook("tutorials/01_quickstart")
