@@ -9,15 +9,27 @@ import pandas as pd
 import pytest
 import yaml
 
-from medsim.agents import bc
+from medsim.agents import bc, ppo
 from medsim.agents.behaviour import Logistic
-from medsim.agents.cards import ALWAYS, NOTICE, Card, card_text, export, header, to_markdown
+from medsim.agents.cards import (
+    ALWAYS,
+    NOTICE,
+    SIMULATED,
+    Card,
+    card_text,
+    export,
+    header,
+    practice_text,
+    to_markdown,
+)
 from medsim.agents.policy import StackedPolicy, load_policy
 from medsim.data.actions import SepsisGrid
 from medsim.data.cohorts import all_adults
 from medsim.data.episodes import Episodes
 from medsim.data.store import EventStore
 from medsim.data.timeline import decision_steps
+from medsim.envs.registration import sepsis
+from medsim.envs.vector import TreatmentVectorEnv
 from medsim.ope.estimate import compare
 from medsim.ope.safety import safety_flags
 
@@ -102,6 +114,21 @@ def test_whose_card_is_clear(made: tuple[StackedPolicy, Card, Episodes], tmp_pat
     nameless = StackedPolicy(policy.config, [0])
     with pytest.raises(ValueError, match="no signature"): export(nameless, tmp_path / "nameless", card)
     assert not list(tmp_path.iterdir())
+
+
+def test_who_practised_in_simulators_has_a_card_of_another_kind():
+    env = TreatmentVectorEnv(sepsis(2), 2, budget=3, backend="pinn")
+    practised = ppo.train(env, ppo.PPO(steps=8, rollout=4, minibatch=4, hidden=(8,)), progress=False).policy
+    came = pd.DataFrame({"SOFA(all)": ["4.1 [3.9, 4.3]"]})
+    text = practice_text(practised, "Two of them", "Virtual patients.", came, ["Practised for a moment."])
+    assert text.index(NOTICE) < text.index("## Patients") and "| 4.1 [3.9, 4.3] |" in text
+    assert all(f"- {x}" in text for x in (*SIMULATED, "Practised for a moment.")) and "- learner: PPO\n" in text
+    names = practised.signatures[0].names
+    assert "decisions_left" in names and all(f"| {n} |" in text for n in names) and "- policies: 2\n" in text
+    assert "offline" not in yaml.safe_load(text.split("---\n")[1])["tags"]
+    with pytest.raises(ValueError, match="evaluation: has no row"): practice_text(practised, "", "", came.iloc[:0])
+    practised.signatures = ()
+    with pytest.raises(ValueError, match="no signature"): practice_text(practised, "", "", came)
 
 
 def test_cells_cannot_break_the_table():

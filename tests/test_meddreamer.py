@@ -4,18 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from medsim.agents.cards import NEEDS, NOTICE, Card
 from medsim.data.episodes import Episodes
 from medsim.envs.registration import sepsis
 from medsim.envs.rollout import rollout, uniform_policy
 from medsim.envs.vector import TreatmentVectorEnv
 from medsim.world import meddreamer
-from medsim.world.bedside import AtBedside, latent_episodes, load_dreamer, save_dreamer
+from medsim.world.bedside import AtBedside, dreamer_text, latent_episodes, load_dreamer, save_dreamer
 from medsim.world.charts import Charts, Windows
 from medsim.world.doubt import Doubt, charged
 from medsim.world.imagination import ActorConfig, ActorCritic, ImagineConfig, width
@@ -224,6 +226,20 @@ def test_latent_states_as_features(log: Episodes):
     assert e.ids.equals(log.ids) and np.array_equal(e.reward, log.reward)
 
 
+def test_its_card_lies_beside_it(dreamer: Dreamer, tmp_path: Path):
+    one = pd.DataFrame({"estimator": ["WIS"], "value": [-3.0], "ci_low": [-4.0], "ci_high": [-2.0], "ess": [1.1],
+                        "n": [30], "flag": ["ESS 1 below 50"]})
+    risk = pd.DataFrame([dict.fromkeys(NEEDS["safety"], "")])
+    flow = pd.DataFrame({"step": ["virtual stays"], "excluded": [0], "left": [len(TOY)]})
+    card = Card("A dreamer", "Nobody's charts.", flow, TOY.summary(), one, risk)
+    text = dreamer_text(dreamer, TOY, card, {"steps": 20})
+    save_dreamer(dreamer, tmp_path / "d", TOY.action_spec, card=text)
+    assert (tmp_path / "d" / "README.md").read_text(encoding="utf-8") == text
+    assert NOTICE in text and "- steps: 20\n" in text and TOY.data_hash() in text and "AtBedside" in text
+    assert f"it reads {', '.join(dreamer.model.names)}," in text
+    load_dreamer(tmp_path / "d")
+
+
 def test_kept_and_loaded_or_refused(dreamer: Dreamer, tmp_path: Path):
     save_dreamer(dreamer, tmp_path / "d", TOY.action_spec, {"of": "a toy"})
     again, actions, meta = load_dreamer(tmp_path / "d")
@@ -231,6 +247,7 @@ def test_kept_and_loaded_or_refused(dreamer: Dreamer, tmp_path: Path):
     assert actions == TOY.action_spec and meta == {"of": "a toy"}
     with pytest.raises(FileExistsError): save_dreamer(dreamer, tmp_path / "d", TOY.action_spec)
     file = tmp_path / "d" / "model.safetensors"
+    assert not (tmp_path / "d" / "README.md").exists()
     tensors = load_file(file)
     save_file({n: x + 1 for n, x in tensors.items()}, file)
     with pytest.raises(ValueError, match="torn, or was changed"): load_dreamer(tmp_path / "d")
