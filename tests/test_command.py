@@ -298,7 +298,9 @@ def test_ctrl_c_ends_the_kernel_keeps_what_ran_and_can_be_repeated(sent, tmp_pat
     written(tmp_path / "long.ipynb", "# Parameters\nSECONDS = 600", "print('ran')", "## Sleep", long,
             "open('never', 'w')")
     command = [sys.executable, "-m", "medsim", "run", "long.ipynb"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a parent in the background may ignore it
     until = time.monotonic() + 60
     while not (tmp_path / "asleep").exists() and time.monotonic() < until: time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
