@@ -10,6 +10,7 @@ from scipy import stats
 from worlds import world
 
 from medsim.agents.behaviour import reliability
+from medsim.data.actions import Treatments
 from medsim.data.episodes import Episodes
 from medsim.ope.diagnostics import support, tail_index, weight_report
 from medsim.ope.estimate import (
@@ -18,6 +19,7 @@ from medsim.ope.estimate import (
     compare,
     draw_estimates,
     evaluate,
+    every_action,
     interval,
     multiplicities,
     ratios,
@@ -52,6 +54,18 @@ def test_four_forms_of_one_policy():
     a, *others = (evaluate(LOG, p) for p in (whole, chosen, Actor(), TILTED))
     for other in others: pd.testing.assert_frame_equal(a, other)
     np.testing.assert_allclose(ratios(LOG, whole)[LOG.mask], 3 * chosen[LOG.mask], rtol=1e-6)
+
+
+def test_a_model_takes_every_form_that_has_all_probabilities():
+    how = dict(estimators=("DM", "WDR"), model=Table(MDP.n_states, 3, state))
+    whole = at_steps(TILTED)
+    a, *others = (evaluate(LOG, p, **how) for p in (whole, Actor(), TILTED))
+    for other in others: pd.testing.assert_frame_equal(a, other)
+    chosen = np.take_along_axis(whole, LOG.action[..., None], -1)[..., 0]
+    with pytest.raises(ValueError, match="policy: shape .* every action"): evaluate(LOG, chosen, **how)
+    spec, none = Treatments(("fluid",), ("mL/h",), (0.0,), (500.0,)), np.zeros((*LOG.mask.shape, 1), np.float32)
+    doses = replace(LOG, action_spec=spec, action=none)
+    with pytest.raises(ValueError, match="policy: doses are continuous"): every_action(Actor(), doses)
 
 
 def test_truth_lies_in_most_intervals():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Policy', 'Method', 'PLAIN', 'WEIGHTED', 'MODELLED', 'REPORTED', 'COLUMNS', 'Parts', 'always', 'by_step',
-           'chosen_log_prob', 'ratios', 'multiplicities', 'interval', 'Limits', 'merged', 'lived', 'Asked',
-           'replicates', 'check_asked', 'evaluate', 'compare', 'draw_estimates']
+           'every_action', 'chosen_log_prob', 'ratios', 'multiplicities', 'interval', 'Limits', 'merged', 'lived',
+           'Asked', 'replicates', 'check_asked', 'evaluate', 'compare', 'draw_estimates']
 
 # %% ../../nbs/ope/05_estimate.ipynb #cc39eec1
 import copy
@@ -51,6 +51,20 @@ def by_step(policy: Policy, episodes: Episodes) -> Policy:
     beyond = (state < 0) | (state >= len(table))
     refuse("policy", episodes.mask & beyond, f"a state beyond the {len(table)} of the table")
     return table[state]
+
+
+def every_action(policy: Policy, episodes: Episodes, name: str = "policy") -> np.ndarray:
+    "Probabilities (N, T, A) of all actions. ValueError naming `name` for a policy or doses that have none."
+    p, spec, mask = by_step(policy, episodes), episodes.action_spec, episodes.mask
+    if hasattr(p, "log_prob"):
+        if not spec.discrete: raise ValueError(f"{name}: doses are continuous; every action has no probability")
+        obs, each = torch.as_tensor(episodes.obs[mask]), np.zeros((*mask.shape, spec.n))
+        some = (torch.full((len(obs),), a) for a in range(spec.n))
+        with torch.no_grad(): each[mask] = torch.stack([p.log_prob(obs, a) for a in some], -1).double().exp().numpy()
+        return each
+    p = np.asarray(p, float)
+    if p.ndim != 3: raise ValueError(f"{name}: shape {p.shape}; needs the probability of every action, (N, T, A)")
+    return p
 
 
 def chosen_log_prob(policy: Policy, episodes: Episodes, name: str = "policy") -> np.ndarray:
@@ -192,8 +206,7 @@ class Asked:
         "q and v (N, T), by a regression fitted to other subjects. ValueError if actions have no probabilities."
         if isinstance(self.model, tuple): return self.model
         if isinstance(self.model, Episodes): return lived(episodes, self.model, self.gamma, self.per)
-        p = np.asarray(by_step(policy, episodes), float)
-        if p.ndim != 3: raise ValueError("policy: to fit a model its probabilities of every action are needed")
+        p = every_action(policy, episodes)
         subject, whom = pd.factorize(episodes.ids.subject_id)
         fold = np.random.default_rng(0).permutation(len(whom))[subject] % self.folds
         q, v = np.zeros(p.shape[:2]), np.zeros(p.shape[:2])

@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..core.stats import bootstrap, wilson
 from ..data.actions import ActionSpec, SepsisGrid, Treatments
 from ..data.episodes import Episodes
 from ..data.treatments import KINDS
-from .estimate import COLUMNS, Policy, by_step, evaluate
+from .estimate import COLUMNS, Policy, by_step, evaluate, every_action
 from .fqe import check_probabilities
 
 # %% ../../nbs/ope/06_safety.ipynb #69053131
@@ -145,16 +144,11 @@ def probabilities(
     policy: Policy | None, episodes: Episodes, name: str = "policy", choice: Literal["mass", "greedy"] = "mass"
 ) -> np.ndarray:
     "Probabilities of all actions, (N, T, A); `None` is what was done. ValueError naming `name`, episode and step."
-    mask, n = episodes.mask, episodes.action_spec.n
+    n = episodes.action_spec.n
     if choice not in ("mass", "greedy"): raise ValueError(f"choice={choice!r}: choose 'mass' or 'greedy'")
     if policy is None: return np.eye(n)[episodes.action]
-    if hasattr(policy, "log_prob"):
-        obs, p = torch.as_tensor(episodes.obs[mask]), np.zeros((*mask.shape, n))
-        every = (torch.full((len(obs),), a) for a in range(n))
-        with torch.no_grad(): p[mask] = torch.stack([policy.log_prob(obs, a) for a in every], -1).double().exp().numpy()
-    else: p = np.asarray(by_step(policy, episodes), float)
-    if p.ndim != 3: raise ValueError(f"{name}: shape {p.shape}; needs the probability of every action, (N, T, A)")
-    check_probabilities(p, mask, n, name)
+    p = every_action(policy, episodes, name)
+    check_probabilities(p, episodes.mask, n, name)
     return p if choice == "mass" else np.eye(n)[p.argmax(-1)]
 
 # %% ../../nbs/ope/06_safety.ipynb #db18da5a
