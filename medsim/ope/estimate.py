@@ -52,7 +52,7 @@ def by_step(policy: Policy, episodes: Episodes) -> Policy:
     refuse("policy", episodes.mask & beyond, f"a state beyond the {len(table)} of the table")
     return table[state]
 
-
+# %% ../../nbs/ope/05_estimate.ipynb #ee672d9e
 def every_action(policy: Policy, episodes: Episodes, name: str = "policy") -> np.ndarray:
     "Probabilities (N, T, A) of all actions. ValueError naming `name` for a policy or doses that have none."
     p, spec, mask = by_step(policy, episodes), episodes.action_spec, episodes.mask
